@@ -1,0 +1,66 @@
+# `make demo` and `make test` need python3 (3.11 or newer), pip, make and git; both set up .venv.
+# Another interpreter: make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check --quiet
+
+.PHONY: help demo test test-slow lint format docs bench clean
+
+help:
+	@echo "make demo       load the shipped model onto eight virtual devices and watch it write"
+	@echo "make test       run every test but the slow ones, and the notebooks"
+	@echo "make test-slow  run the slow tests"
+	@echo "make lint       ruff and pyright"
+	@echo "make format     let ruff rewrite the code"
+	@echo "make docs       build docs/_build/html; a warning is an error"
+	@echo "make bench      run the benchmarks"
+	@echo "make clean      remove what was built and downloaded: $(VENV) too"
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m grokkit.demo
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+docs: $(VENV)/.installed-dev
+	@$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --without-pip, since Debian's python3 has pip without ensurepip; pip then installs from outside.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("grokkit needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=python3.12")'
+	@echo "Setting up $(VENV)"
+	@$(PYTHON) -m venv --without-pip $(VENV)
+
+# Each stamp is newer than pyproject.toml once what it names is installed; the second waits for
+# the first, so that a parallel make never runs two pips in one environment.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing grokkit into $(VENV) (the first time takes a minute or more)"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	@echo "Installing what the tests, the docs and the notebooks need"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@
