@@ -1,0 +1,105 @@
+"""The keys and values of the tokens seen so far."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from grokkit.config import GrokConfig
+from grokkit.sharding import ParamSpec, partition_spec
+
+_KEYS = ("batch", "position", "kv_head", "d_head")
+
+
+class KVCache(eqx.Module):
+    """Keys and values of every layer, one slot a position; slot i holds position i.
+
+    Sequences of a batch may have different lengths. Slots at and beyond a sequence's length
+    hold nothing of use and are written over by its next tokens.
+    """
+
+    keys: Float[Array, "layer batch position kv_head d_head"] | ParamSpec
+    values: Float[Array, "layer batch position kv_head d_head"] | ParamSpec
+    visible: Bool[Array, "batch position"] | ParamSpec
+    """Whether a slot holds a token that may be attended to: written, and no pad."""
+    length: Int[Array, " batch"] | ParamSpec
+    """Tokens of each sequence so far."""
+
+    @staticmethod
+    def specs(config: GrokConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
+        """Declare the cache for `batch` sequences of up to `capacity` tokens."""
+        kv = ParamSpec(
+            (config.n_layers, batch, capacity, config.n_kv_heads, config.d_head),
+            dtype,
+            ("layer", *_KEYS),
+        )
+        return KVCache(
+            keys=kv,
+            values=kv,
+            visible=ParamSpec((batch, capacity), jnp.bool_, ("batch", "position")),
+            length=ParamSpec((batch,), jnp.int32, ("batch",)),
+        )
+
+    @staticmethod
+    def empty(
+        config: GrokConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh
+    ) -> "KVCache":
+        """A cache without tokens, laid out over `mesh`."""
+        specs = KVCache.specs(config, batch, capacity, dtype)
+        return jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding(mesh)),
+            specs,
+            is_leaf=lambda s: isinstance(s, ParamSpec),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Longest sequence that fits, in tokens."""
+        return self.keys.shape[2]
+
+
+def write(
+    buffer: Float[Array, "layer batch capacity kv_head d_head"],
+    new: Float[Array, "batch position kv_head d_head"],
+    layer: Int[Array, ""] | int,
+    start: Int[Array, " batch"],
+) -> Float[Array, "layer batch capacity kv_head d_head"]:
+    """Put the keys (or values) of new tokens into one layer, each row at its own position."""
+
+    def local(buffer, new, layer, start):
+        for row in range(new.shape[0]):
+            update = new[row].astype(buffer.dtype)[None, None]
+            buffer = jax.lax.dynamic_update_slice(buffer, update, (layer, row, start[row], 0, 0))
+        return buffer
+
+    cache_spec = partition_spec(("layer", *_KEYS))
+    layer = jnp.asarray(layer, jnp.int32)
+    return jax.shard_map(
+        local,
+        in_specs=(
+            cache_spec,
+            partition_spec(_KEYS),
+            partition_spec(()),
+            partition_spec(("batch",)),
+        ),
+        out_specs=cache_spec,
+    )(buffer, new, layer, start)
+
+
+def mark_visible(
+    visible: Bool[Array, "batch capacity"],
+    new: Bool[Array, "batch position"],
+    start: Int[Array, " batch"],
+) -> Bool[Array, "batch capacity"]:
+    """Record for each new token whether it may be attended to."""
+
+    def local(visible, new, start):
+        return jax.vmap(lambda row, n, s: jax.lax.dynamic_update_slice(row, n, (s,)))(
+            visible, new, start
+        )
+
+    spec = partition_spec(("batch", "position"))
+    return jax.shard_map(local, in_specs=(spec, spec, partition_spec(("batch",))), out_specs=spec)(
+        visible, new, start
+    )

@@ -1,0 +1,125 @@
+"""Grouped-query attention with rotary positions and soft-capped scores."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grokkit.config import GrokConfig
+from grokkit.kv_cache import KVCache, write
+from grokkit.layers.linear import column_parallel, row_parallel
+from grokkit.layers.rotary import rotate
+from grokkit.quant import QuantizedArray
+from grokkit.sharding import ParamSpec
+from grokkit.taps import Tap
+
+
+class Attention(eqx.Module):
+    """Query, key, value and output projections of one layer."""
+
+    query: QuantizedArray | Float[Array, "*layer d_model heads"]
+    key: QuantizedArray | Float[Array, "*layer d_model kv_heads"]
+    value: QuantizedArray | Float[Array, "*layer d_model kv_heads"]
+    out: QuantizedArray | Float[Array, "*layer heads d_model"]
+    config: GrokConfig = eqx.field(static=True)
+
+    @staticmethod
+    def specs(config: GrokConfig) -> "Attention":
+        """Declare the parameters."""
+
+        def into(n_heads: int, axis: str) -> QuantizedArray:
+            n = n_heads * config.d_head
+            return QuantizedArray(
+                ParamSpec((config.d_model, n), jnp.int8, ("d_model", axis), config.d_model**-0.5),
+                ParamSpec((1, n), jnp.bfloat16, ("group", axis)),
+            )
+
+        heads = config.n_heads * config.d_head
+        groups = config.out_groups
+        return Attention(
+            query=into(config.n_heads, "heads"),
+            key=into(config.n_kv_heads, "kv_heads"),
+            value=into(config.n_kv_heads, "kv_heads"),
+            out=QuantizedArray(
+                ParamSpec((heads, config.d_model), jnp.int8, ("heads", "d_model"), heads**-0.5),
+                ParamSpec((groups, config.d_model), jnp.bfloat16, ("group_split", "d_model")),
+            ),
+            config=config,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch position d_model"],
+        positions: Int[Array, "batch position"],
+        visible: Bool[Array, "batch key"],
+        cache: KVCache | None,
+        layer: Int[Array, ""],
+        tap: Tap,
+    ) -> tuple[Float[Array, "batch position d_model"], KVCache | None]:
+        """Attend from each position to the visible ones up to it.
+
+        **Arguments:**
+
+        - `x`: normalised residual stream.
+        - `positions`: absolute position of each token.
+        - `visible`: which keys may be attended to, by absolute position.
+        - `cache`: keys and values of earlier tokens, or `None` if `x` holds the whole sequence.
+        - `layer`: which layer of the cache is this one's.
+        - `tap`: called on each named activation; see `grokkit.taps`.
+
+        **Returns:** what attention adds to the stream before its closing norm, and the cache with
+        the new keys and values in it.
+        """
+        config = self.config
+        split = (*x.shape[:2], -1, config.d_head)
+        q = tap("q", _split_heads(column_parallel(x, self.query), split))
+        k = tap("k", _split_heads(column_parallel(x, self.key), split))
+        v = tap("v", _split_heads(column_parallel(x, self.value), split))
+        q = rotate(q, positions, config.rope_base)
+        k = rotate(k, positions, config.rope_base)
+        if cache is not None:
+            start = positions[:, 0]
+            keys = write(cache.keys, k, layer, start)
+            values = write(cache.values, v, layer, start)
+            cache = eqx.tree_at(lambda c: (c.keys, c.values), cache, (keys, values))
+            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False).astype(x.dtype)
+            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False).astype(x.dtype)
+        key_positions = jnp.arange(k.shape[1])
+        mask = (key_positions <= positions[:, :, None]) & visible[:, None, :]
+        z = tap("z", _attend(q, k, v, mask, config, tap))
+        out = row_parallel(z.reshape(*x.shape[:2], -1), self.out)
+        return tap("attn_out_pre_norm", out), cache
+
+
+def _split_heads(x: Array, shape: tuple[int, ...]) -> Array:
+    return x.reshape(*shape[:2], x.shape[-1] // shape[-1], shape[-1])
+
+
+def _attend(
+    q: Float[Array, "batch query head d_head"],
+    k: Float[Array, "batch key kv_head d_head"],
+    v: Float[Array, "batch key kv_head d_head"],
+    mask: Bool[Array, "batch query key"],
+    config: GrokConfig,
+    tap: Tap,
+) -> Float[Array, "batch query head d_head"]:
+    """Softmax attention; query head h reads key/value head h // (n_heads / n_kv_heads).
+
+    A query that sees no key at all (nothing but pads up to it) gets zeros.
+    """
+    batch, queries, n_heads, d_head = q.shape
+    n_kv_heads = k.shape[2]
+    grouped = q.reshape(batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head)
+    scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, n_heads, queries, -1) * config.attention_multiplier
+    scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    mask = mask[:, None]
+    # Masked again after the tap: an edit of a score cannot make a hidden key visible.
+    scores = jnp.where(mask, tap("attn_scores", jnp.where(mask, scores, -jnp.inf)), -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    exp = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isinf(largest), 0, largest)), 0)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    pattern = tap("pattern", exp / jnp.where(total == 0, 1, total))
+    weights = pattern.astype(v.dtype).reshape(batch, n_kv_heads, -1, queries, pattern.shape[-1])
+    z = jnp.einsum("bngqk,bknd->bqngd", weights, v, preferred_element_type=jnp.float32)
+    return z.reshape(batch, queries, n_heads, d_head).astype(v.dtype)

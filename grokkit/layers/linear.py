@@ -1,0 +1,37 @@
+"""Matrices cut over the mesh's model axis, multiplied on each device's own part."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from grokkit.quant import QuantizedArray, matmul
+
+_ROWS = P("data", None, None)
+_CUT_ROWS = P("data", None, "model")
+
+
+def column_parallel(
+    x: Float[Array, "batch position k"], w: QuantizedArray | Float[Array, "k n"]
+) -> Float[Array, "batch position n"]:
+    """`x @ w` for a matrix cut along its output columns; the result stays cut the same way."""
+    cut = jax.tree.map(lambda _: P(None, "model"), w)
+    return jax.shard_map(
+        lambda x, w: matmul(x, w).astype(x.dtype), in_specs=(_ROWS, cut), out_specs=_CUT_ROWS
+    )(x, w)
+
+
+def row_parallel(
+    x: Float[Array, "batch position k"], w: QuantizedArray | Float[Array, "k n"]
+) -> Float[Array, "batch position n"]:
+    """`x @ w` for both cut along the contracting axis; every device gets the whole sum.
+
+    The scale groups are cut with the axis, so that each device multiplies with its own.
+    """
+    cut = jax.tree.map(lambda _: P("model", None), w)
+    return jax.shard_map(
+        # Summed in float32: rounding each device's share first would make the result depend on
+        # how many there are.
+        lambda x, w: jax.lax.psum(matmul(x, w), "model").astype(x.dtype),
+        in_specs=(_CUT_ROWS, cut),
+        out_specs=_ROWS,
+    )(x, w)

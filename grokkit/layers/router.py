@@ -1,0 +1,36 @@
+"""The choice of experts: softmax over all, then the most probable few."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grokkit.taps import Tap
+
+
+class Routing(eqx.Module):
+    """Which experts each token goes to, and what their outputs are multiplied by."""
+
+    experts: Int[Array, "batch position choice"]
+    weights: Float[Array, "batch position choice"]
+
+
+def route(
+    x: Float[Array, "batch position d_model"],
+    router: Float[Array, "d_model expert"],
+    n_chosen: int,
+    tap: Tap,
+) -> Routing:
+    """Send each token to its `n_chosen` most probable experts.
+
+    The weights are the chosen experts' probabilities in a softmax over *all* experts, so that
+    they do not sum to one. Computed in float32.
+    """
+    logits = jnp.einsum(
+        "btd,de->bte", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST
+    )
+    logits = tap("router_logits", logits)
+    probs = tap("router_probs", jax.nn.softmax(logits, axis=-1))
+    weights, experts = jax.lax.top_k(probs, n_chosen)
+    experts = tap("expert_indices", experts)
+    return Routing(experts, tap("expert_weights", weights))

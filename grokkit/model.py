@@ -1,0 +1,230 @@
+"""Grok-1: embedding, a stack of decoder layers, and the tied unembedding."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from grokkit.config import GrokConfig
+from grokkit.kv_cache import KVCache, mark_visible
+from grokkit.layers.attention import Attention
+from grokkit.layers.embedding import Embedding
+from grokkit.layers.moe import MoE
+from grokkit.layers.rms_norm import RMSNorm
+from grokkit.quant import QuantizedArray, quantize
+from grokkit.sharding import ParamSpec, is_spec
+from grokkit.taps import Capture, Change, Tap
+
+
+class Output(eqx.Module):
+    """What a forward pass returns."""
+
+    logits: Float[Array, "batch position vocab"]
+    """Next-token logits, float32."""
+    cache: KVCache | None
+    """Keys and values with the new tokens', if a cache was given."""
+    captured: dict[str, Any]
+    """What the captures kept, by their key; from layers, with a leading layer axis."""
+
+
+class Block(eqx.Module):
+    """A decoder layer: attention and experts, each between two norms."""
+
+    attn_norm: RMSNorm
+    attention: Attention
+    attn_out_norm: RMSNorm
+    moe_norm: RMSNorm
+    moe: MoE
+    moe_out_norm: RMSNorm
+
+    @staticmethod
+    def specs(config: GrokConfig) -> "Block":
+        """Declare one layer's parameters."""
+        norm = RMSNorm.specs(config)
+        return Block(norm, Attention.specs(config), norm, norm, MoE.specs(config), norm)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch position d_model"],
+        positions: Int[Array, "batch position"],
+        visible: Bool[Array, "batch key"],
+        cache: KVCache | None,
+        layer: Int[Array, ""],
+        tap: Tap,
+    ) -> tuple[Float[Array, "batch position d_model"], KVCache | None]:
+        """Pass the stream through the layer; arguments as in `Attention.__call__`."""
+        x = tap("resid_pre", x)
+        attn_in = tap("attn_in", self.attn_norm(x))
+        attn_out, cache = self.attention(attn_in, positions, visible, cache, layer, tap)
+        x = tap("resid_mid", x + tap("attn_out", self.attn_out_norm(attn_out)))
+        moe_in = tap("moe_in", self.moe_norm(x))
+        moe_out = self.moe(moe_in, tap)
+        return tap("resid_post", x + tap("moe_out", self.moe_out_norm(moe_out))), cache
+
+
+class Grok(eqx.Module):
+    """The whole model. Every leaf of `blocks` has a leading layer axis.
+
+    Run it under `jax.set_mesh(mesh)` with the mesh its arrays lie on.
+    """
+
+    embedding: Embedding
+    blocks: Block
+    final_norm: RMSNorm
+    config: GrokConfig = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+    """Dtype of activations: float32 or bfloat16."""
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch position"],
+        *,
+        cache: KVCache | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+        last_only: bool = False,
+        captures: tuple[Capture, ...] = (),
+        edits: tuple[Change, ...] = (),
+    ) -> Output:
+        """Next-token logits of every position.
+
+        **Arguments:**
+
+        - `tokens`: token ids. Pad tokens are never attended to.
+        - `cache`: the tokens before these; the returned cache holds both.
+        - `lengths`: how many of each row's tokens are real when rows are padded on the right; all
+            by default. The cache's lengths grow by this much.
+        - `last_only`: give the logits of each row's last real token only, as one position.
+        - `captures`, `edits`: what to keep and what to change; resolved against this model.
+
+        **Returns:** an `Output`.
+        """
+        batch, n = tokens.shape
+        tokens = jax.reshard(tokens, P("data", None))
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+        start = jax.reshard(start, P("data"))
+        if lengths is None:
+            lengths = jnp.full(batch, n, jnp.int32)
+        lengths = jax.reshard(lengths, P("data"))
+        positions = start[:, None] + jnp.arange(n, dtype=jnp.int32)
+        real = jnp.arange(n) < lengths[:, None]
+        visible = real & (tokens != self.config.pad_token)
+        if cache is not None:
+            visible = mark_visible(cache.visible, visible, start)
+
+        outer = Tap(captures, edits, None, positions)
+        x = self.embedding.embed(tokens, self.dtype) * jnp.asarray(
+            self.config.embedding_multiplier, self.dtype
+        )
+        x = outer("embed", x)
+        x, cache, captured = self._run_blocks(x, positions, visible, cache, captures, edits)
+        if cache is not None:
+            cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + lengths))
+        if last_only:
+            x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+        logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)))
+        logits = outer("logits", logits * self.config.output_multiplier)
+        return Output(logits, cache, captured | outer.captured)
+
+    def _run_blocks(
+        self,
+        x: Array,
+        positions: Array,
+        visible: Array,
+        cache: KVCache | None,
+        captures: tuple[Capture, ...],
+        edits: tuple[Change, ...],
+    ) -> tuple[Array, KVCache | None, dict[str, Any]]:
+        """Scan over the layers; captures of some layers only are written to buffers as they come."""
+
+        def run(carry, xs):
+            x, cache = carry
+            block, layer = xs
+            tap = Tap(captures, edits, layer, positions)
+            x, cache = block(x, positions, visible, cache, layer, tap)
+            return (x, cache), tap.captured
+
+        layers = jnp.arange(self.config.n_layers)
+        some = {c.key: c.layers for c in captures if c.layers is not None}
+        xs = (self.blocks, layers)
+        if not some:
+            (x, cache), captured = jax.lax.scan(run, (x, cache), xs)
+            return x, cache, captured
+
+        def run_some(carry, xs):
+            carry, buffers = carry
+            carry, captured = run(carry, xs)
+            buffers = {
+                key: jax.tree.map(
+                    lambda b, v, wanted=jnp.asarray(some[key]): _store(b, v, wanted, xs[1]),
+                    buffers[key],
+                    captured[key],
+                )
+                for key in some
+            }
+            rest = {key: value for key, value in captured.items() if key not in some}
+            return (carry, buffers), rest
+
+        first = jax.tree.map(lambda a: a[0], xs)
+        shapes = jax.eval_shape(run, (x, cache), first)[1]
+        buffers = {
+            key: jax.tree.map(lambda s, n=len(wanted): _zeros(n, s), shapes[key])
+            for key, wanted in some.items()
+        }
+        ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
+        return x, cache, captured | buffers
+
+
+def _zeros(n: int, like: jax.ShapeDtypeStruct) -> Array:
+    spec = P(None, *like.sharding.spec) if like.sharding is not None else P()
+    return jax.reshard(jnp.zeros((n, *like.shape), like.dtype), spec)
+
+
+def _store(buffer: Array, value: Array, wanted: Int[Array, " slot"], layer: Array) -> Array:
+    """Put one layer's value into its slot, if it has one; in place in the compiled loop."""
+    slot = jnp.argmax(wanted == layer)
+    old = jax.lax.dynamic_index_in_dim(buffer, slot, keepdims=False)
+    new = jnp.where(jnp.any(wanted == layer), value, old)
+    return jax.lax.dynamic_update_index_in_dim(buffer, new, slot, 0)
+
+
+def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:
+    """The whole model with a `ParamSpec` in place of every array."""
+
+    def stacked(s: ParamSpec) -> ParamSpec:
+        return ParamSpec((config.n_layers, *s.shape), s.dtype, ("layer", *s.axes), s.init_scale)
+
+    return Grok(
+        embedding=Embedding.specs(config),
+        blocks=jax.tree.map(stacked, Block.specs(config), is_leaf=is_spec),
+        final_norm=RMSNorm.specs(config),
+        config=config,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Grok:
+    """A model with random weights, quantised as a checkpoint's are, on one device."""
+
+    def one(spec: ParamSpec | QuantizedArray, key: PRNGKeyArray) -> Any:
+        if isinstance(spec, ParamSpec):
+            return spec.initialise(key)
+        weight: ParamSpec = spec.weight
+        floats = jax.random.normal(key, weight.shape) * weight.init_scale
+        return quantize(floats, spec.scales.shape[-2])
+
+    specs = param_specs(config, dtype)
+    is_leaf = lambda x: isinstance(x, ParamSpec | QuantizedArray)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_leaf)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(treedef, [one(s, k) for s, k in zip(leaves, keys, strict=True)])
+
+
+def place(model: Grok, mesh: jax.sharding.Mesh) -> Grok:
+    """Lay a model's arrays out over `mesh` as their declarations say."""
+    specs = param_specs(model.config, model.dtype)
+    return jax.tree.map(
+        lambda s, a: jax.device_put(a, s.sharding(mesh)), specs, model, is_leaf=is_spec
+    )
