@@ -1,0 +1,170 @@
+"""Writes a model's parameters as an official checkpoint directory."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from tqdm.auto import tqdm
+
+from grokkit.checkpoint.names import TensorKey, tensor_keys
+from grokkit.checkpoint.pickle_walk import BFLOAT16
+from grokkit.checkpoint.refusal import refusal
+from grokkit.checkpoint.tensor_writer import write_tensor
+from grokkit.config import GrokConfig
+from grokkit.quant import QuantizedArray
+
+CHECKPOINT_FOLDER = "ckpt-0"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def save_params(
+    params: PyTree,
+    config: GrokConfig,
+    directory: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> None:
+    """Write `ckpt-0/`, `config.json` and optionally `tokenizer.model` in the official layout.
+
+    The directory appears when it is complete; an error or Ctrl-C leaves nothing behind. One
+    tensor at a time is held on the host.
+
+    **Arguments:**
+
+    - `params`: a `grokkit.model.Grok`, or anything with the same attributes, whose arrays are
+        jax or numpy arrays and whose matrices are quantised (`grokkit.quant.quantize`).
+    - `config`: the model's sizes.
+    - `directory`: where to write; must not exist yet, or be empty.
+    - `tokenizer`: a SentencePiece file to copy.
+    - `progress`: show a progress bar, in bytes.
+
+    **Raises:** `CheckpointError`, before anything is written, if the directory is not empty or an
+    array is missing, not quantised, or of another shape or dtype than `config` says.
+    """
+    target = Path(directory).absolute()
+    _check_target(target)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise refusal(tokenizer, "a SentencePiece file", "no such file", "check the path")
+    keys = tensor_keys(config)
+    for key in keys:
+        _check_leaf(key, _leaf(params, key), config)
+    with (
+        _atomic_directory(target) as folder,
+        tqdm(
+            total=sum(key.nbytes for key in keys),
+            unit="B",
+            unit_scale=True,
+            desc=f"saving {target.name}",
+            disable=not progress,
+        ) as bar,
+    ):
+        config.to_json(folder / CONFIG_FILE)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+        (folder / CHECKPOINT_FOLDER).mkdir()
+        for key in keys:
+            arrays = [_on_host(array, key.layer) for array in _arrays(_leaf(params, key))]
+            write_tensor(folder / CHECKPOINT_FOLDER / key.file_name, *arrays)
+            bar.update(key.nbytes)
+
+
+def _leaf(params: PyTree, key: TensorKey) -> Any:
+    leaf = params
+    for name in key.path.split("."):
+        try:
+            leaf = getattr(leaf, name)
+        except AttributeError:
+            raise refusal(
+                key.path,
+                f"a parameter here, for {key.name}",
+                f"{type(leaf).__name__} without attribute {name!r}",
+                "pass a grokkit.model.Grok, or a tree with the same attributes",
+            ) from None
+    return leaf
+
+
+def _arrays(leaf: Any) -> tuple[Any, ...]:
+    return (leaf.weight, leaf.scales) if isinstance(leaf, QuantizedArray) else (leaf,)
+
+
+def _check_leaf(key: TensorKey, leaf: Any, config: GrokConfig) -> None:
+    lead = () if key.layer is None else (config.n_layers,)
+    expected = [((*lead, *key.shape), key.dtype)]
+    if key.scales_shape is not None:
+        expected.append(((*lead, *key.scales_shape), BFLOAT16))
+        if not isinstance(leaf, QuantizedArray):
+            raise refusal(
+                key.path,
+                "a QuantizedArray: the official layout holds this matrix in 8 bits",
+                type(leaf).__name__,
+                f"quantise with grokkit.quant.quantize(w, groups={key.scales_shape[-2]})",
+            )
+    elif isinstance(leaf, QuantizedArray):
+        raise refusal(key.path, f"a plain {key}", "a QuantizedArray", "dequantise it first")
+    for array, (shape, dtype) in zip(_arrays(leaf), expected, strict=True):
+        found_shape, found_dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if found_shape != shape or found_dtype != dtype:
+            raise refusal(
+                key.path,
+                f"{dtype.name} of shape {shape}",
+                f"{found_dtype} of shape {found_shape}",
+                "pass the configuration that the parameters were made with",
+            )
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise refusal(
+                key.path,
+                "an array on this process's devices",
+                "one that lies on several processes",
+                "gather it with jax.experimental.multihost_utils.process_allgather",
+            )
+
+
+def _on_host(array: Any, layer: int | None) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array if layer is None else array[layer]
+    # Shard by shard: indexing the whole would compile a program for every layout.
+    out = np.empty(array.shape if layer is None else array.shape[1:], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id != 0:
+            continue
+        # On a CPU the host's view of a shard is free; elsewhere it would copy every layer.
+        data = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+        if layer is None:
+            out[shard.index] = data
+            continue
+        rows = range(array.shape[0])[shard.index[0]]
+        if layer in rows:
+            out[shard.index[1:]] = data[layer - rows.start]
+    return out
+
+
+def _check_target(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise refusal(target.parent, "a directory to write into", "none", "create it first")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise refusal(
+            target,
+            "a new or empty directory",
+            f"{len(list(target.iterdir()))} entries in it" if target.is_dir() else "a file",
+            "choose another name, or remove what is there",
+        )
+
+
+@contextlib.contextmanager
+def _atomic_directory(target: Path) -> Iterator[Path]:
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
