@@ -9,7 +9,7 @@ if DEVICE_COUNT_FLAG not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {DEVICE_COUNT_FLAG}=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402  (reads the environment set above)
+import jax
 
 # An accidental float32 + bfloat16 is an error here; set on this process alone, so that a notebook
 # behaves as it does for its reader.
