@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from grokkit.config import GrokConfig
 from grokkit.kv_cache import KVCache, mark_visible
@@ -53,15 +53,16 @@ class Block(eqx.Module):
         visible: Bool[Array, "batch key"],
         cache: KVCache | None,
         layer: Int[Array, ""],
+        dtype: Any,
         tap: Tap,
     ) -> tuple[Float[Array, "batch position d_model"], KVCache | None]:
         """Pass the stream through the layer; arguments as in `Attention.__call__`."""
         x = tap("resid_pre", x)
         attn_in = tap("attn_in", self.attn_norm(x))
-        attn_out, cache = self.attention(attn_in, positions, visible, cache, layer, tap)
+        attn_out, cache = self.attention(attn_in, positions, visible, cache, layer, dtype, tap)
         x = tap("resid_mid", x + tap("attn_out", self.attn_out_norm(attn_out)))
         moe_in = tap("moe_in", self.moe_norm(x))
-        moe_out = self.moe(moe_in, tap)
+        moe_out = self.moe(moe_in, dtype, tap)
         return tap("resid_post", x + tap("moe_out", self.moe_out_norm(moe_out))), cache
 
 
@@ -76,7 +77,8 @@ class Grok(eqx.Module):
     final_norm: RMSNorm
     config: GrokConfig = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
-    """Dtype of activations: float32 or bfloat16."""
+    """What matrix products round their operands to (see `einsum32`), float32 or bfloat16.
+    Activations themselves are float32 in both."""
 
     def __call__(
         self,
@@ -115,16 +117,13 @@ class Grok(eqx.Module):
             visible = mark_visible(cache.visible, visible, start)
 
         outer = Tap(captures, edits, None, positions)
-        x = self.embedding.embed(tokens, self.dtype) * jnp.asarray(
-            self.config.embedding_multiplier, self.dtype
-        )
-        x = outer("embed", x)
+        x = outer("embed", self.embedding.embed(tokens) * self.config.embedding_multiplier)
         x, cache, captured = self._run_blocks(x, positions, visible, cache, captures, edits)
         if cache is not None:
             cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + lengths))
         if last_only:
             x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-        logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)))
+        logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)), self.dtype)
         logits = outer("logits", logits * self.config.output_multiplier)
         return Output(logits, cache, captured | outer.captured)
 
@@ -143,7 +142,7 @@ class Grok(eqx.Module):
             x, cache = carry
             block, layer = xs
             tap = Tap(captures, edits, layer, positions)
-            x, cache = block(x, positions, visible, cache, layer, tap)
+            x, cache = block(x, positions, visible, cache, layer, self.dtype, tap)
             return (x, cache), tap.captured
 
         layers = jnp.arange(self.config.n_layers)
@@ -157,37 +156,40 @@ class Grok(eqx.Module):
             carry, buffers = carry
             carry, captured = run(carry, xs)
             buffers = {
-                key: jax.tree.map(
-                    lambda b, v, wanted=jnp.asarray(some[key]): _store(b, v, wanted, xs[1]),
-                    buffers[key],
-                    captured[key],
-                )
-                for key in some
+                key: _store(buffers[key], captured[key], wanted, xs[1])
+                for key, wanted in some.items()
             }
             rest = {key: value for key, value in captured.items() if key not in some}
             return (carry, buffers), rest
 
         first = jax.tree.map(lambda a: a[0], xs)
         shapes = jax.eval_shape(run, (x, cache), first)[1]
-        buffers = {
-            key: jax.tree.map(lambda s, n=len(wanted): _zeros(n, s), shapes[key])
-            for key, wanted in some.items()
-        }
+        buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
         ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
         return x, cache, captured | buffers
 
 
-def _zeros(n: int, like: jax.ShapeDtypeStruct) -> Array:
-    spec = P(None, *like.sharding.spec) if like.sharding is not None else P()
-    return jax.reshard(jnp.zeros((n, *like.shape), like.dtype), spec)
+def _zeros(n: int, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """Room for `n` layers of what one layer's capture gives."""
+
+    def zeros(s: jax.ShapeDtypeStruct) -> Array:
+        return jax.reshard(jnp.zeros((n, *s.shape), s.dtype), P(None, *s.sharding.spec))
+
+    return jax.tree.map(zeros, like)
 
 
-def _store(buffer: Array, value: Array, wanted: Int[Array, " slot"], layer: Array) -> Array:
-    """Put one layer's value into its slot, if it has one; in place in the compiled loop."""
-    slot = jnp.argmax(wanted == layer)
-    old = jax.lax.dynamic_index_in_dim(buffer, slot, keepdims=False)
-    new = jnp.where(jnp.any(wanted == layer), value, old)
-    return jax.lax.dynamic_update_index_in_dim(buffer, new, slot, 0)
+def _store(
+    buffer: PyTree[Array], value: PyTree[Array], wanted: tuple[int, ...], layer: Int[Array, ""]
+) -> PyTree[Array]:
+    """Put one layer's capture into its slot, if it has one; in place in the compiled loop."""
+    hits = jnp.asarray(wanted) == layer
+    slot = jnp.argmax(hits)
+
+    def store(b: Array, v: Array) -> Array:
+        new = jnp.where(jnp.any(hits), v, jax.lax.dynamic_index_in_dim(b, slot, keepdims=False))
+        return jax.lax.dynamic_update_index_in_dim(b, new, slot, 0)
+
+    return jax.tree.map(store, buffer, value)
 
 
 def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:
@@ -216,8 +218,9 @@ def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) 
         return quantize(floats, spec.scales.shape[-2])
 
     specs = param_specs(config, dtype)
-    is_leaf = lambda x: isinstance(x, ParamSpec | QuantizedArray)  # noqa: E731
-    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_leaf)
+    leaves, treedef = jax.tree.flatten(
+        specs, is_leaf=lambda x: isinstance(x, ParamSpec | QuantizedArray)
+    )
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(treedef, [one(s, k) for s, k in zip(leaves, keys, strict=True)])
 

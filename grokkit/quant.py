@@ -4,12 +4,15 @@ The groups cut the contracting axis K in equal, consecutive parts: the weight of
 column n is `weight[k, n] * scales[k // (K / G), n]`. This is the official checkpoint's form.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int8
 
 from grokkit.errors import GrokkitError
+from grokkit.numerics import einsum32
 from grokkit.sharding import ParamSpec
 
 
@@ -67,7 +70,7 @@ def dequantize(q: QuantizedArray, dtype: jnp.dtype = jnp.float32) -> Float[Array
 
 
 def matmul(
-    x: Float[Array, "*rows k"], w: QuantizedArray | Float[Array, "k n"]
+    x: Float[Array, "*rows k"], w: QuantizedArray | Float[Array, "k n"], dtype: Any
 ) -> Float[Array, "*rows n"]:
     """`x @ w` with the scales applied to each group's partial result.
 
@@ -76,22 +79,23 @@ def matmul(
 
     **Arguments:**
 
-    - `x`: rows to multiply, float32 or bfloat16.
+    - `x`: rows to multiply.
     - `w`: an 8-bit matrix, or one of floats.
+    - `dtype`: float32 or bfloat16, in which to multiply; see `einsum32`.
 
-    **Returns:** float32, for the caller to round once it has summed over devices.
+    **Returns:** the product in float32.
     """
     if not isinstance(w, QuantizedArray):
-        return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        return einsum32("...k,kn->...n", x, w, dtype)
     k, n = w.weight.shape
     groups = w.groups
     scales = w.scales.astype(jnp.float32)
     if groups == 1:
-        product = jnp.matmul(x, w.weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        product = einsum32("...k,kn->...n", x, w.weight, dtype)
         return product * scales[0]
     grouped = x.reshape(*x.shape[:-1], groups, k // groups)
-    weight = w.weight.reshape(groups, k // groups, n).astype(x.dtype)
-    partial = jnp.einsum("...gk,gkn->...gn", grouped, weight, preferred_element_type=jnp.float32)
+    weight = w.weight.reshape(groups, k // groups, n)
+    partial = einsum32("...gk,gkn->...gn", grouped, weight, dtype)
     return jnp.sum(partial * scales, axis=-2)
 
 

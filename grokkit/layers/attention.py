@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary positions and soft-capped scores."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from grokkit.config import GrokConfig
 from grokkit.kv_cache import KVCache, write
 from grokkit.layers.linear import column_parallel, row_parallel
 from grokkit.layers.rotary import rotate
+from grokkit.numerics import einsum32
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec
 from grokkit.taps import Tap
@@ -54,6 +57,7 @@ class Attention(eqx.Module):
         visible: Bool[Array, "batch key"],
         cache: KVCache | None,
         layer: Int[Array, ""],
+        dtype: Any,
         tap: Tap,
     ) -> tuple[Float[Array, "batch position d_model"], KVCache | None]:
         """Attend from each position to the visible ones up to it.
@@ -65,16 +69,16 @@ class Attention(eqx.Module):
         - `visible`: which keys may be attended to, by absolute position.
         - `cache`: keys and values of earlier tokens, or `None` if `x` holds the whole sequence.
         - `layer`: which layer of the cache is this one's.
+        - `dtype`: in which to multiply; see `einsum32`.
         - `tap`: called on each named activation; see `grokkit.taps`.
 
         **Returns:** what attention adds to the stream before its closing norm, and the cache with
         the new keys and values in it.
         """
         config = self.config
-        split = (*x.shape[:2], -1, config.d_head)
-        q = tap("q", _split_heads(column_parallel(x, self.query), split))
-        k = tap("k", _split_heads(column_parallel(x, self.key), split))
-        v = tap("v", _split_heads(column_parallel(x, self.value), split))
+        q = tap("q", _split_heads(column_parallel(x, self.query, dtype), config.d_head))
+        k = tap("k", _split_heads(column_parallel(x, self.key, dtype), config.d_head))
+        v = tap("v", _split_heads(column_parallel(x, self.value, dtype), config.d_head))
         q = rotate(q, positions, config.rope_base)
         k = rotate(k, positions, config.rope_base)
         if cache is not None:
@@ -82,17 +86,17 @@ class Attention(eqx.Module):
             keys = write(cache.keys, k, layer, start)
             values = write(cache.values, v, layer, start)
             cache = eqx.tree_at(lambda c: (c.keys, c.values), cache, (keys, values))
-            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False).astype(x.dtype)
-            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False).astype(x.dtype)
+            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
         key_positions = jnp.arange(k.shape[1])
         mask = (key_positions <= positions[:, :, None]) & visible[:, None, :]
-        z = tap("z", _attend(q, k, v, mask, config, tap))
-        out = row_parallel(z.reshape(*x.shape[:2], -1), self.out)
+        z = tap("z", _attend(q, k, v, mask, config, dtype, tap))
+        out = row_parallel(z.reshape(*x.shape[:2], -1), self.out, dtype)
         return tap("attn_out_pre_norm", out), cache
 
 
-def _split_heads(x: Array, shape: tuple[int, ...]) -> Array:
-    return x.reshape(*shape[:2], x.shape[-1] // shape[-1], shape[-1])
+def _split_heads(x: Array, d_head: int) -> Array:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // d_head, d_head)
 
 
 def _attend(
@@ -101,6 +105,7 @@ def _attend(
     v: Float[Array, "batch key kv_head d_head"],
     mask: Bool[Array, "batch query key"],
     config: GrokConfig,
+    dtype: Any,
     tap: Tap,
 ) -> Float[Array, "batch query head d_head"]:
     """Softmax attention; query head h reads key/value head h // (n_heads / n_kv_heads).
@@ -110,7 +115,7 @@ def _attend(
     batch, queries, n_heads, d_head = q.shape
     n_kv_heads = k.shape[2]
     grouped = q.reshape(batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head)
-    scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = einsum32("bqngd,bknd->bngqk", grouped, k, dtype)
     scores = scores.reshape(batch, n_heads, queries, -1) * config.attention_multiplier
     scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
     mask = mask[:, None]
@@ -120,6 +125,6 @@ def _attend(
     exp = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isinf(largest), 0, largest)), 0)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     pattern = tap("pattern", exp / jnp.where(total == 0, 1, total))
-    weights = pattern.astype(v.dtype).reshape(batch, n_kv_heads, -1, queries, pattern.shape[-1])
-    z = jnp.einsum("bngqk,bknd->bqngd", weights, v, preferred_element_type=jnp.float32)
-    return z.reshape(batch, queries, n_heads, d_head).astype(v.dtype)
+    weights = pattern.reshape(batch, n_kv_heads, -1, queries, pattern.shape[-1])
+    z = einsum32("bngqk,bknd->bqngd", weights, v, dtype)
+    return z.reshape(batch, queries, n_heads, d_head)

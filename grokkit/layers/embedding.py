@@ -1,5 +1,7 @@
 """Token embedding, tied with the unembedding."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grokkit.config import GrokConfig
+from grokkit.numerics import einsum32
 from grokkit.sharding import ParamSpec
 
 
@@ -27,20 +30,18 @@ class Embedding(eqx.Module):
             )
         )
 
-    def embed(
-        self, tokens: Int[Array, "batch position"], dtype: jnp.dtype
-    ) -> Float[Array, "batch position d_model"]:
-        """The rows of `tokens`, whole on every device."""
+    def embed(self, tokens: Int[Array, "batch position"]) -> Float[Array, "batch position d_model"]:
+        """The rows of `tokens`, whole on every device, in float32."""
 
         part = jax.shard_map(
-            lambda weight, tokens: weight[tokens].astype(dtype),
+            lambda weight, tokens: weight[tokens],
             in_specs=(P(None, "model"), P("data", None)),
             out_specs=P("data", None, "model"),
         )(self.weight, tokens)
         return jax.reshard(part, P("data", None, None))
 
     def unembed(
-        self, x: Float[Array, "batch position d_model"]
+        self, x: Float[Array, "batch position d_model"], dtype: Any
     ) -> Float[Array, "batch position vocab"]:
         """`x` against every token's row, in float32; the result is cut along vocab if it divides.
 
@@ -51,9 +52,7 @@ class Embedding(eqx.Module):
         scatter = self.weight.shape[0] % mesh.shape["model"] == 0
 
         def local(x, weight):
-            partial = jnp.einsum(
-                "btd,vd->btv", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
-            )
+            partial = einsum32("btd,vd->btv", x, weight, dtype)
             if scatter:
                 return jax.lax.psum_scatter(partial, "model", scatter_dimension=2, tiled=True)
             return jax.lax.psum(partial, "model")

@@ -5,6 +5,8 @@ Gale et al., MegaBlocks, arXiv 2211.15841); a loop runs block after block, readi
 weights of that block's expert.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,8 +22,9 @@ def expert_outputs(
     gate: _Matrices,
     value: _Matrices,
     out: _Matrices,
+    dtype: Any,
 ) -> Float[Array, "row choice d_model"]:
-    """`out(gelu_tanh(gate(x)) * value(x))` of each row's chosen experts, in float32.
+    """`out(gelu_tanh(gate(x)) * value(x))` of each row's chosen experts.
 
     **Arguments:**
 
@@ -29,6 +32,7 @@ def expert_outputs(
     - `chosen`: the experts of each row.
     - `gate`, `value`, `out`: the experts' matrices, stacked. Where they are cut along d_ff the
         result is this part's share of the sum.
+    - `dtype`: in which to multiply; see `einsum32`.
     """
     n_rows, n_chosen = chosen.shape
     n_experts = jax.tree.leaves(gate)[0].shape[0]
@@ -38,9 +42,9 @@ def expert_outputs(
     def run(_, block):
         expert, assignments = block
         rows = x[jnp.minimum(assignments, n_rows * n_chosen - 1) // n_chosen]
-        hidden = jax.nn.gelu(matmul(rows, index(gate, expert)), approximate=True)
-        hidden = hidden * matmul(rows, index(value, expert))
-        return None, matmul(hidden.astype(x.dtype), index(out, expert))
+        hidden = jax.nn.gelu(matmul(rows, index(gate, expert), dtype), approximate=True)
+        hidden = hidden * matmul(rows, index(value, expert), dtype)
+        return None, matmul(hidden, index(out, expert), dtype)
 
     _, results = jax.lax.scan(run, None, blocks[:2])
     results = results.reshape(-1, results.shape[-1])

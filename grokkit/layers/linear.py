@@ -1,5 +1,7 @@
 """Matrices cut over the mesh's model axis, multiplied on each device's own part."""
 
+from typing import Any
+
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -11,17 +13,17 @@ _CUT_ROWS = P("data", None, "model")
 
 
 def column_parallel(
-    x: Float[Array, "batch position k"], w: QuantizedArray | Float[Array, "k n"]
+    x: Float[Array, "batch position k"], w: QuantizedArray | Float[Array, "k n"], dtype: Any
 ) -> Float[Array, "batch position n"]:
     """`x @ w` for a matrix cut along its output columns; the result stays cut the same way."""
     cut = jax.tree.map(lambda _: P(None, "model"), w)
     return jax.shard_map(
-        lambda x, w: matmul(x, w).astype(x.dtype), in_specs=(_ROWS, cut), out_specs=_CUT_ROWS
+        lambda x, w: matmul(x, w, dtype), in_specs=(_ROWS, cut), out_specs=_CUT_ROWS
     )(x, w)
 
 
 def row_parallel(
-    x: Float[Array, "batch position k"], w: QuantizedArray | Float[Array, "k n"]
+    x: Float[Array, "batch position k"], w: QuantizedArray | Float[Array, "k n"], dtype: Any
 ) -> Float[Array, "batch position n"]:
     """`x @ w` for both cut along the contracting axis; every device gets the whole sum.
 
@@ -29,9 +31,7 @@ def row_parallel(
     """
     cut = jax.tree.map(lambda _: P("model", None), w)
     return jax.shard_map(
-        # Summed in float32: rounding each device's share first would make the result depend on
-        # how many there are.
-        lambda x, w: jax.lax.psum(matmul(x, w), "model").astype(x.dtype),
+        lambda x, w: jax.lax.psum(matmul(x, w, dtype), "model"),
         in_specs=(_CUT_ROWS, cut),
         out_specs=_ROWS,
     )(x, w)

@@ -1,5 +1,7 @@
 """Mixture of experts: each token goes through the few experts its router chooses."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -45,19 +47,22 @@ class MoE(eqx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "batch position d_model"], tap: Tap
+        self, x: Float[Array, "batch position d_model"], dtype: Any, tap: Tap
     ) -> Float[Array, "batch position d_model"]:
-        """Sum of the chosen experts' outputs, each times its router probability."""
+        """Sum of the chosen experts' outputs, each times its router probability.
+
+        The experts multiply in `dtype` (see `einsum32`), the router in float32.
+        """
         routing = route(x, self.router, self.config.n_experts_per_token, tap)
         if tap.wants("expert_outputs"):
-            outputs = tap("expert_outputs", self._run(x, routing, combine=False))
+            outputs = tap("expert_outputs", self._run(x, routing, dtype, combine=False))
             weights = routing.weights[..., None]
-            y = jnp.sum(outputs.astype(jnp.float32) * weights, axis=2).astype(x.dtype)
+            y = jnp.sum(outputs * weights, axis=2)
         else:
-            y = self._run(x, routing, combine=True)
+            y = self._run(x, routing, dtype, combine=True)
         return tap("moe_out_pre_norm", y)
 
-    def _run(self, x: Array, routing: Routing, combine: bool) -> Array:
+    def _run(self, x: Array, routing: Routing, dtype: Any, combine: bool) -> Array:
         """The chosen experts' outputs: summed with their weights, or each [..., choice, d_model].
 
         Summing before the exchange between devices sends half as much.
@@ -66,10 +71,10 @@ class MoE(eqx.Module):
         def local(x, experts, weights, gate, value, out):
             rows = x.reshape(-1, x.shape[-1])
             chosen = experts.reshape(rows.shape[0], -1)
-            y = expert_outputs(rows, chosen, gate, value, out)
+            y = expert_outputs(rows, chosen, gate, value, out, dtype)
             if combine:
                 y = jnp.sum(y * weights.reshape(*chosen.shape, 1), axis=1)
-            y = jax.lax.psum(y, "model").astype(x.dtype)
+            y = jax.lax.psum(y, "model")
             return y.reshape(*x.shape[:2], *y.shape[1:])
 
         into = jax.tree.map(lambda _: P(None, None, "model"), self.gate)

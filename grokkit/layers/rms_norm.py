@@ -10,7 +10,7 @@ from grokkit.sharding import ParamSpec
 
 
 class RMSNorm(eqx.Module):
-    """`x / sqrt(mean(x**2) + eps) * scale`, computed in float32."""
+    """`x / sqrt(mean(x**2) + eps) * scale`, in float32."""
 
     scale: Float[Array, "*layer d_model"] | ParamSpec
     eps: float = eqx.field(static=True)
@@ -21,7 +21,7 @@ class RMSNorm(eqx.Module):
         return RMSNorm(ParamSpec((config.d_model,), jnp.float32, ("d_model",)), config.norm_eps)
 
     def __call__(self, x: Float[Array, "*rows d_model"]) -> Float[Array, "*rows d_model"]:
-        """Normalise each row; the result has the dtype of `x`."""
+        """Normalise each row; the result is float32."""
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * self.scale).astype(x.dtype)
+        return x32 * jax.lax.rsqrt(mean_square + self.eps) * self.scale

@@ -17,12 +17,11 @@ def rotate(
     - `positions`: absolute position of each, in tokens.
     - `base`: pair i turns by `position * base**(-2 i / d_head)` radians.
 
-    **Returns:** the turned vectors, in the dtype of `x`.
+    **Returns:** the turned vectors.
     """
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grokkit.numerics import einsum32
 from grokkit.taps import Tap
 
 
@@ -26,9 +27,7 @@ def route(
     The weights are the chosen experts' probabilities in a softmax over *all* experts, so that
     they do not sum to one. Computed in float32.
     """
-    logits = jnp.einsum(
-        "btd,de->bte", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST
-    )
+    logits = einsum32("btd,de->bte", x, router, jnp.float32)
     logits = tap("router_logits", logits)
     probs = tap("router_probs", jax.nn.softmax(logits, axis=-1))
     weights, experts = jax.lax.top_k(probs, n_chosen)
