@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from grokkit.checkpoint.pickle_walk import BFLOAT16, FLOAT32, INT8
+from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
 from grokkit.checkpoint.tensor_writer import encoded_size
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
@@ -36,6 +36,7 @@ _IN_LAYER = {
 
 FILES_PER_LAYER = len(_IN_LAYER)
 FILES_OUTSIDE = len(_OUTSIDE)
+_MOST_FILES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,15 @@ class TensorKey:
 
 
 def tensor_keys(config: GrokConfig) -> tuple[TensorKey, ...]:
-    """Every tensor of a checkpoint, in the order of the files."""
+    """Every tensor of a checkpoint, in the order of the files.
+
+    **Raises:** `ConfigError` for sizes that the official layout cannot hold.
+    """
+    if n_files(config) > _MOST_FILES:
+        raise ConfigError(
+            f"n_layers: file names have 5 digits, enough for "
+            f"{(_MOST_FILES - FILES_OUTSIDE) // FILES_PER_LAYER} layers; found {config.n_layers}"
+        )
     places: dict[tuple[str, str], tuple[str, int | None]] = {
         key: (path, None) for key, path in _OUTSIDE.items()
     }

@@ -15,7 +15,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from grokkit.checkpoint.pickle_walk import (
+from grokkit.checkpoint.pickle_objects import (
     BFLOAT16,
     BFLOAT16_TYPE,
     DTYPE,

@@ -7,6 +7,7 @@ from grokkit.errors import CheckpointError
 DOWNLOAD_AGAIN = (
     "download the file again from the official source; do not open it with pickle to look inside"
 )
+DOWNLOAD_COMMAND = '`hf download xai-org/grok-1 --include "ckpt-0/*" --local-dir checkpoints`'
 
 
 class Refused(Exception):

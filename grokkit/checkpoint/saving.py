@@ -14,15 +14,12 @@ from jaxtyping import PyTree
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.names import TensorKey, tensor_keys
-from grokkit.checkpoint.pickle_walk import BFLOAT16
+from grokkit.checkpoint.official import CONFIG_FILE, FOLDER, TOKENIZER_FILE
+from grokkit.checkpoint.pickle_objects import BFLOAT16
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.tensor_writer import write_tensor
 from grokkit.config import GrokConfig
 from grokkit.quant import QuantizedArray
-
-CHECKPOINT_FOLDER = "ckpt-0"
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def save_params(
@@ -69,10 +66,10 @@ def save_params(
         config.to_json(folder / CONFIG_FILE)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
-        (folder / CHECKPOINT_FOLDER).mkdir()
+        (folder / FOLDER).mkdir()
         for key in keys:
             arrays = [_on_host(array, key.layer) for array in _arrays(_leaf(params, key))]
-            write_tensor(folder / CHECKPOINT_FOLDER / key.file_name, *arrays)
+            write_tensor(folder / FOLDER / key.file_name, *arrays)
             bar.update(key.nbytes)
 
 

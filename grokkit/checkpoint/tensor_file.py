@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from grokkit.checkpoint.pickle_walk import ArrayNote, QuantizedNote, walk
-from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, Refused, refusal
+from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
+from grokkit.checkpoint.pickle_walk import walk
+from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, refusal
 
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
@@ -126,8 +127,7 @@ def _refuse_stand_in(start: bytes, size: int) -> None:
         raise Refused(
             expected,
             "a git-LFS pointer: the repository was cloned without its large files",
-            "run `git lfs pull` in the clone, or download with "
-            '`hf download xai-org/grok-1 --include "ckpt-0/*"`',
+            f"run `git lfs pull` in the clone, or {DOWNLOAD_COMMAND}",
         )
     if start.lstrip()[:1] in (b"<", b"{"):
         raise Refused(expected, f"text: {start[:40].decode('latin-1')!a}", DOWNLOAD_AGAIN)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from grokkit.checkpoint.pickle_layout import SUPPORTED_DTYPES, Slot, layout, layout_size
-from grokkit.checkpoint.pickle_walk import BFLOAT16, INT8, MAX_NDIM
+from grokkit.checkpoint.pickle_objects import BFLOAT16, INT8, MAX_NDIM
 from grokkit.checkpoint.refusal import refusal
 
 _LARGEST_DIMENSION = (1 << 31) - 1

@@ -1,0 +1,93 @@
+"""A search for NaN and infinite weights, reading a checkpoint from start to end."""
+
+import dataclasses
+import math
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from grokkit.checkpoint.official import Checkpoint, Entry
+from grokkit.checkpoint.pickle_objects import INT8
+from grokkit.checkpoint.refusal import refusal
+from grokkit.checkpoint.tensor_file import ArraySpan
+
+_CHUNK = 1 << 22  # entries looked at together: a few tens of megabytes with the temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFinite:
+    """An array with entries that are not numbers, or not finite."""
+
+    entry: Entry
+    what: str
+    """`"weight"` or `"scales"`."""
+    count: int
+    """How many such entries there are."""
+    first: tuple[int, ...]
+    """Index of the first."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.entry.key.file_name} ({self.entry.key.name}): {self.count:,} in its "
+            f"{self.what}, the first at {list(self.first)}"
+        )
+
+
+def check_finite(checkpoint: Checkpoint, progress: bool = True) -> None:
+    """Read every float weight and every scale, and refuse NaN and infinity.
+
+    **Arguments:**
+
+    - `checkpoint`: from `open_checkpoint`.
+    - `progress`: show a progress bar, in bytes.
+
+    **Raises:** `CheckpointError` that lists the arrays with such entries.
+    """
+    found = find_non_finite(checkpoint, progress)
+    if found:
+        shown = "\n    ".join(map(str, found[:10]))
+        more = f"\n    and {len(found) - 10} more arrays" if len(found) > 10 else ""
+        raise refusal(
+            checkpoint.directory,
+            "finite weights and scales",
+            f"NaN or infinity in {len(found)} arrays:\n    {shown}{more}",
+            "download these files again; if you wrote them, look at the training run",
+        )
+
+
+def find_non_finite(checkpoint: Checkpoint, progress: bool = True) -> list[NonFinite]:
+    """The arrays with NaN or infinite entries; arguments as for `check_finite`."""
+    jobs = [
+        (entry, what, span)
+        for entry in checkpoint
+        for what, span in (("weight", entry.file.weight), ("scales", entry.file.scales))
+        if span is not None and span.dtype != INT8
+    ]
+    found = []
+    with tqdm(
+        total=sum(span.nbytes for _, _, span in jobs),
+        unit="B",
+        unit_scale=True,
+        desc=f"checking {checkpoint.directory.name}",
+        disable=not progress,
+    ) as bar:
+        for entry, what, span in jobs:
+            count, first = _count(entry, span)
+            if count:
+                index = tuple(map(int, np.unravel_index(first, span.shape)))
+                found.append(NonFinite(entry, what, count, index))
+            bar.update(span.nbytes)
+    return found
+
+
+def _count(entry: Entry, span: ArraySpan) -> tuple[int, int]:
+    """How many entries are not finite, and the flat index of the first."""
+    flat = entry.file.open(dataclasses.replace(span, shape=(math.prod(span.shape),)))
+    count, first = 0, -1
+    for start in range(0, len(flat), _CHUNK):
+        bad = ~np.isfinite(flat[start : start + _CHUNK])
+        if bad.any():
+            if first < 0:
+                first = start + int(np.argmax(bad))
+            count += int(np.count_nonzero(bad))
+    return count, first

@@ -1,0 +1,215 @@
+"""From a checkpoint's files straight onto the devices of a mesh.
+
+Each device's slice of each layer goes from the memory-mapped file into that device's part of the
+stacked array. There is no host copy of the model, nor of a layer: on accelerators the memory
+beyond the weights is one slice on its way (on the host and on the device); on CPU devices, none.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PyTree
+from tqdm.auto import tqdm
+
+from grokkit.checkpoint.official import Checkpoint, Entry
+from grokkit.checkpoint.refusal import refusal
+from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
+from grokkit.errors import ConfigError
+from grokkit.sharding import ParamSpec, is_spec
+
+_ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
+
+
+def load_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh, progress: bool = True) -> PyTree:
+    """Load a checkpoint's weights in the layout that `specs` declares.
+
+    **Arguments:**
+
+    - `checkpoint`: from `open_checkpoint`.
+    - `specs`: a tree with `ParamSpec` leaves, as from `grokkit.model.param_specs`.
+    - `mesh`: the devices. With several processes, each reads only its own devices' slices.
+    - `progress`: show a progress bar, in bytes of the checkpoint.
+
+    **Returns:** the same tree with jax arrays in place of the specs.
+
+    **Raises:** before anything is allocated, `CheckpointError` if tree and checkpoint do not match
+    leaf by leaf, and `ConfigError` if a shape does not divide over the mesh.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    named = [(jax.tree_util.keystr(path, simple=True, separator="."), s) for path, s in leaves]
+    plans = _plan(checkpoint, named, mesh)
+    with tqdm(
+        total=sum(source.span.nbytes for plan in plans for source in plan.sources),
+        unit="B",
+        unit_scale=True,
+        desc=f"loading {checkpoint.directory.name}",
+        disable=not progress,
+    ) as bar:
+        return jax.tree.unflatten(treedef, [_load(plan, bar) for plan in plans])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One array of a file, and its place on the leaf's layer axis if there is one."""
+
+    file: TensorFile
+    span: ArraySpan
+    layer: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How one leaf of the tree is put together."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: NamedSharding
+    sources: tuple[_Source, ...]
+
+
+def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> list[_Plan]:
+    """Match leaves and files, each exactly once."""
+    sources: dict[str, list[_Source]] = {}
+    for entry in checkpoint:
+        for path, span in _leaf_paths(entry):
+            sources.setdefault(path, []).append(_Source(entry.file, span, entry.key.layer))
+    _check_paths(checkpoint, {path for path, _ in specs}, set(sources))
+    plans = []
+    for path, spec in specs:
+        if not is_spec(spec):
+            raise refusal(path, "a ParamSpec", type(spec).__name__, "pass model.param_specs(...)")
+        # Files come in lexicographic order of the layers' names, the stack in numeric order.
+        parts = sorted(sources[path], key=lambda s: -1 if s.layer is None else s.layer)
+        _check_leaf(checkpoint, path, spec, parts)
+        try:
+            sharding = spec.sharding(mesh)
+        except ConfigError as e:
+            raise ConfigError(f"{path}: {e}") from None
+        plans.append(_Plan(spec.shape, np.dtype(spec.dtype), sharding, tuple(parts)))
+    return plans
+
+
+def _leaf_paths(entry: Entry) -> Iterable[tuple[str, ArraySpan]]:
+    if entry.file.scales is None:
+        return [(entry.key.path, entry.file.weight)]
+    return [
+        (f"{entry.key.path}.weight", entry.file.weight),
+        (f"{entry.key.path}.scales", entry.file.scales),
+    ]
+
+
+def _check_paths(checkpoint: Checkpoint, wanted: set[str], available: set[str]) -> None:
+    if wanted == available:
+        return
+    differences = []
+    if wanted - available:
+        differences.append(f"nothing for {', '.join(sorted(wanted - available)[:4])}")
+    if available - wanted:
+        differences.append(f"no leaf for {', '.join(sorted(available - wanted)[:4])}")
+    raise refusal(
+        checkpoint.directory,
+        "one leaf of the parameter tree for each array of the checkpoint",
+        "; ".join(differences),
+        "pass grokkit.model.param_specs(checkpoint.config)",
+    )
+
+
+def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[_Source]) -> None:
+    first = parts[0]
+    if first.layer is None:
+        shape = first.span.shape
+    else:
+        shape = (len(parts), *first.span.shape)
+    if spec.shape != shape or np.dtype(spec.dtype) != first.span.dtype:
+        raise refusal(
+            checkpoint.directory,
+            f"{np.dtype(spec.dtype).name} of shape {spec.shape} for {path}",
+            f"{first.span.dtype.name} of shape {shape}",
+            "pass grokkit.model.param_specs(checkpoint.config)",
+        )
+
+
+def _load(plan: _Plan, bar: Any) -> Array:
+    places = plan.sharding.addressable_devices_indices_map(plan.shape)
+    local_shape = plan.sharding.shard_shape(plan.shape)
+    parts = {device: new_part(device, local_shape, plan.dtype) for device in places}
+    # Devices inside, layers outside: each file is read once while it is in the page cache.
+    for source in plan.sources:
+        whole = source.file.open(source.span)
+        for device, index in places.items():
+            assert index is not None
+            if source.layer is None:
+                parts[device].write(..., whole[index])
+                continue
+            layers = range(plan.shape[0])[index[0]]
+            if source.layer in layers:
+                parts[device].write(source.layer - layers.start, whole[index[1:]])
+        bar.update(source.span.nbytes)
+    arrays = [part.finish() for part in parts.values()]
+    return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
+
+
+class Part(Protocol):
+    """One device's part of an array while it is being written."""
+
+    def write(self, place: Any, values: np.ndarray) -> None:
+        """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
+        ...
+
+    def finish(self) -> Array:
+        """The complete part, on its device."""
+        ...
+
+
+class HostPart:
+    """Memory that a CPU device can use as it is, so that finishing copies nothing."""
+
+    def __init__(self, device: jax.Device, shape: tuple[int, ...], dtype: np.dtype):
+        self.device = device
+        count = int(np.prod(shape))
+        raw = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        self.memory = raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+
+    def write(self, place: Any, values: np.ndarray) -> None:
+        """See `Part.write`."""
+        self.memory[place] = values
+
+    def finish(self) -> Array:
+        """See `Part.finish`."""
+        return jax.device_put(self.memory, self.device)
+
+
+class DevicePart:
+    """An array on an accelerator, overwritten in place one slice at a time."""
+
+    def __init__(self, device: jax.Device, shape: tuple[int, ...], dtype: np.dtype):
+        self.device = device
+        self.array = jnp.zeros(shape, dtype, device=device)
+
+    def write(self, place: Any, values: np.ndarray) -> None:
+        """See `Part.write`."""
+        # Waiting keeps it to one slice under way: transfers would otherwise queue up.
+        values = np.ascontiguousarray(values)
+        piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
+        self.array = piece if place is ... else _overwrite(self.array, piece, jnp.int32(place))
+
+    def finish(self) -> Array:
+        """See `Part.finish`."""
+        return self.array.block_until_ready()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _overwrite(array: Array, piece: Array, place: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
+
+
+def new_part(device: jax.Device, shape: tuple[int, ...], dtype: np.dtype) -> Part:
+    """The kind of part that suits the device."""
+    return (HostPart if device.platform == "cpu" else DevicePart)(device, shape, dtype)

@@ -1,0 +1,224 @@
+"""A checkpoint directory in the official layout: found, read and checked against its sizes."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from grokkit.checkpoint.names import TensorKey, n_files, tensor_keys
+from grokkit.checkpoint.pickle_objects import BFLOAT16
+from grokkit.checkpoint.refusal import DOWNLOAD_COMMAND, refusal
+from grokkit.checkpoint.tensor_file import TensorFile, read_tensor
+from grokkit.config import GROK_1, GrokConfig
+
+FOLDER = "ckpt-0"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.model"
+
+_TENSOR_NAME = re.compile(r"tensor(\d{5})_000")
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".!qB")
+_DOWNLOAD = f"download the missing files, for example with {DOWNLOAD_COMMAND}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: what it is (`key`) and where its bytes are (`file`)."""
+
+    key: TensorKey
+    file: TensorFile
+
+    def __str__(self) -> str:
+        layer = "" if self.key.layer is None else f" layer {self.key.layer}"
+        return f"{self.key.file_name}  {self.key.path}{layer}  {self.file}  {self.file.size:,} B"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Checkpoint:
+    """A checkpoint whose files are all there and all of the right shape. Iterates over entries."""
+
+    directory: Path
+    """The directory that holds `ckpt-0/`."""
+    config: GrokConfig
+    entries: tuple[Entry, ...]
+    """In the order of the files."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all tensor files together."""
+        return sum(entry.file.size for entry in self.entries)
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The `tokenizer.model` beside the weights, if there is one."""
+        path = self.directory / TOKENIZER_FILE
+        return path if path.is_file() else None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of one of the original's parameter names."""
+        for entry in self.entries:
+            if entry.key.name == name:
+                return entry
+        raise KeyError(f"{name!r}; this checkpoint has {self.entries[0].key.name!r} and others")
+
+    def __repr__(self) -> str:
+        c = self.config
+        lines = [
+            f"Checkpoint({str(self.directory)!r})",
+            f"  {len(self)} files, {self.nbytes:,} bytes, {c.n_params:,} parameters",
+            (
+                f"  {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads of {c.d_head} "
+                f"({c.n_kv_heads} key/value), {c.n_experts} experts of {c.d_ff}, vocab {c.vocab_size}"
+            ),
+        ]
+        seen = {entry.key.path: entry for entry in reversed(self.entries)}
+        counts = {path: 0 for path in seen}
+        for entry in self.entries:
+            counts[entry.key.path] += 1
+        width = max(map(len, seen))
+        for path, entry in sorted(seen.items(), key=lambda item: item[1].key.index):
+            lines.append(f"  {path:{width}}  {counts[path]:3} x {entry.file}")
+        return "\n".join(lines)
+
+
+def open_checkpoint(
+    directory: str | os.PathLike[str], config: GrokConfig | None = None
+) -> Checkpoint:
+    """Find a checkpoint, read all its headers and check them. No weight is read.
+
+    **Arguments:**
+
+    - `directory`: holds `ckpt-0/`, and optionally `config.json` and `tokenizer.model`; the
+        `ckpt-0` folder itself will do.
+    - `config`: the model's sizes; by default those of `config.json`, or of Grok-1 if there is no
+        `config.json` and there are 770 files.
+
+    **Returns:** a `Checkpoint`.
+
+    **Raises:** `CheckpointError` if a file is missing, extra, misnumbered, damaged, or not of the
+    shape, dtype and scale grouping that the sizes demand; `ConfigError` for a bad `config.json`.
+    """
+    folder = _find(Path(directory))
+    root = folder.parent
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if config is None:
+        config = _config(root, folder, names)
+    keys = tensor_keys(config)
+    _check_names(folder, names, config)
+    entries = []
+    for key in keys:
+        file = read_tensor(folder / key.file_name)
+        _check_shape(key, file)
+        entries.append(Entry(key, file))
+    return Checkpoint(root, config, tuple(entries))
+
+
+def _find(directory: Path) -> Path:
+    """The folder with the tensor files."""
+    directory = directory.expanduser()
+    expected = f"a checkpoint directory: one that holds {FOLDER}/"
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing"
+        remedy = "give the directory that holds ckpt-0/, or put the checkpoint there"
+        raise refusal(directory, expected, found, remedy)
+    folder = directory.resolve() / FOLDER
+    if folder.is_dir():
+        return folder
+    content = sorted(path.name for path in directory.iterdir())
+    if directory.resolve().name == FOLDER or any(map(_TENSOR_NAME.fullmatch, content)):
+        return directory.resolve()
+    inside = [name for name in content if (directory / name / FOLDER).is_dir()]
+    if inside:
+        remedy = f"give {directory / inside[0]} instead"
+    elif any(name.endswith((".safetensors", ".gguf", ".pt", ".bin")) for name in content):
+        remedy = "this looks like a conversion; the original release (xai-org/grok-1) is needed"
+    else:
+        remedy = _DOWNLOAD
+    shown = ", ".join(content[:5]) + (", ..." if len(content) > 5 else "")
+    raise refusal(directory, expected, shown or "an empty directory", remedy)
+
+
+def _config(root: Path, folder: Path, names: list[str]) -> GrokConfig:
+    path = root / CONFIG_FILE
+    if path.is_file():
+        return GrokConfig.from_json(path)
+    tensors = [name for name in names if _TENSOR_NAME.fullmatch(name)]
+    expected = n_files(GROK_1)
+    if len(tensors) == expected:
+        return GROK_1
+    _check_unfinished(folder, names)
+    raise refusal(
+        folder,
+        f"the {expected} files of Grok-1, or a {CONFIG_FILE} beside {FOLDER}/ that says which "
+        f"model this is",
+        f"{len(tensors)} tensor files and no {CONFIG_FILE}",
+        f"for Grok-1, {_DOWNLOAD}; for another model, write its {CONFIG_FILE} with "
+        f"GrokConfig.to_json",
+    )
+
+
+def _check_names(folder: Path, names: list[str], config: GrokConfig) -> None:
+    count = n_files(config)
+    expected = {f"tensor{i:05d}_000" for i in range(count)}
+    missing = sorted(expected - set(names))
+    extra = sorted(set(names) - expected)
+    if not missing and not extra:
+        return
+    _check_unfinished(folder, names)
+    what = (
+        f"the {count} files tensor00000_000 to tensor{count - 1:05d}_000 of a model of "
+        f"{config.n_layers} layers"
+    )
+    if missing and extra:
+        found = f"{_listed(missing)} missing, and {_listed(extra)} instead"
+        remedy = "give the files their official names back; the number decides what a file is"
+    elif missing:
+        found = f"{_listed(missing)} missing"
+        remedy = _DOWNLOAD
+    else:
+        found = f"{_listed(extra)} besides"
+        remedy = f"move other files away, or correct {CONFIG_FILE} if the model is larger"
+    raise refusal(folder, what, found, remedy)
+
+
+def _check_unfinished(folder: Path, names: list[str]) -> None:
+    unfinished = [name for name in names if name.endswith(_UNFINISHED)]
+    cache = folder.parent / ".cache" / "huggingface" / "download" / folder.name
+    if cache.is_dir():
+        unfinished += sorted(path.name for path in cache.iterdir() if path.suffix == ".incomplete")
+    if unfinished:
+        raise refusal(
+            folder,
+            "a finished download",
+            f"unfinished files: {_listed(unfinished)}",
+            "start the download again with the same command: it goes on where it stopped",
+        )
+
+
+def _check_shape(key: TensorKey, file: TensorFile) -> None:
+    found_scales = None if file.scales is None else file.scales.shape
+    if (
+        (file.weight.shape, file.weight.dtype) == (key.shape, key.dtype)
+        and found_scales == key.scales_shape
+        and (file.scales is None or file.scales.dtype == BFLOAT16)
+    ):
+        return
+    layer = "" if key.layer is None else f" of layer {key.layer}"
+    raise refusal(
+        file.path,
+        f"{key.name} ({key.path}{layer}): {key}",
+        str(file),
+        f"check that {CONFIG_FILE} describes this checkpoint, and that no file was renamed: the "
+        f"layers are numbered 0, 1, 10, 11, ..., 2, 20, ...",
+    )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
