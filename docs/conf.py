@@ -1,0 +1,65 @@
+"""Sphinx configuration; `make docs` builds with every warning an error."""
+
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "grokkit"
+author = "the grokkit developers"
+copyright = "the grokkit developers, Apache-2.0"
+release = metadata.version("grokkit")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.doctest",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = "grokkit"
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# The notebooks hold the outputs that nbval checks in the tests: show those. Sphinx reads only what
+# lies below this folder.
+nb_execution_mode = "off"
+if (HERE.parent / "notebooks").is_dir():
+    shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+    shutil.copytree(
+        HERE.parent / "notebooks",
+        HERE / "notebooks",
+        ignore=shutil.ignore_patterns(".ipynb_checkpoints"),
+    )
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 88
+default_role = "code"  # docstrings put names in single backticks, as Markdown does
+
+
+def as_restructured_text(app, what, name, obj, options, lines):
+    """Docstrings are Markdown, of which reStructuredText reads all but two things.
+
+    It wants a list's text aligned under its bullet, and a letter right after a closing backtick
+    (the plural of `ParamSpec`) escaped.
+    """
+    offset = None
+    for i, line in enumerate(lines):
+        if bullet := re.match(r"( *)- ", line):
+            offset = len(bullet[1]) + 2
+        elif not line.startswith(" "):
+            offset = None
+        elif offset is not None:
+            line = " " * offset + line.strip()
+        lines[i] = re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", as_restructured_text)
