@@ -5,17 +5,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from grokkit.config import GrokConfig
+from grokkit.errors import ConfigError
 from grokkit.kv_cache import KVCache, mark_visible
 from grokkit.layers.attention import Attention
 from grokkit.layers.embedding import Embedding
 from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
 from grokkit.quant import QuantizedArray, quantize
-from grokkit.sharding import ParamSpec, is_spec
+from grokkit.sharding import ParamSpec, is_spec, shardings
 from grokkit.taps import Capture, Change, Tap
 
 
@@ -207,6 +209,23 @@ def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:
     )
 
 
+def check_mesh(config: GrokConfig, mesh: Mesh) -> None:
+    """**Raises:** `ConfigError` if a parameter or head of the model does not divide over `mesh`."""
+    for axis in ("data", "model"):
+        if axis not in mesh.shape:
+            raise ConfigError(
+                f"expected a mesh with axes 'data' and 'model', found {tuple(mesh.axis_names)}; "
+                f"make it with grokkit.make_mesh"
+            )
+    if config.n_kv_heads % mesh.shape["model"]:
+        raise ConfigError(
+            f"{config.n_kv_heads} key/value heads do not divide over the mesh's "
+            f"{mesh.shape['model']} 'model' devices; choose a mesh whose 'model' axis divides "
+            f"{config.n_kv_heads}"
+        )
+    shardings(param_specs(config), mesh)
+
+
 def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Grok:
     """A model with random weights, quantised as a checkpoint's are, on one device."""
 
@@ -225,7 +244,7 @@ def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) 
     return jax.tree.unflatten(treedef, [one(s, k) for s, k in zip(leaves, keys, strict=True)])
 
 
-def place(model: Grok, mesh: jax.sharding.Mesh) -> Grok:
+def place(model: Grok, mesh: Mesh) -> Grok:
     """Lay a model's arrays out over `mesh` as their declarations say."""
     specs = param_specs(model.config, model.dtype)
     return jax.tree.map(

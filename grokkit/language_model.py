@@ -1,0 +1,340 @@
+"""What a user holds: a model, its tokenizer and the mesh it lies on."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int, PyTree
+
+from grokkit.checkpoint import check_finite, load_params, open_checkpoint
+from grokkit.config import GrokConfig
+from grokkit.errors import CheckpointError, ConfigError, PromptError, TokenizerError
+from grokkit.generate import Sampling, check_prompts, generate_tokens, pad_right
+from grokkit.model import Grok, Output, check_mesh, param_specs
+from grokkit.sharding import make_mesh
+from grokkit.taps import Capture, Change
+from grokkit.tokenizer import Tokenizer
+from grokkit.zoo import shipped
+
+Text = str | Sequence[str]
+Tokens = Text | Sequence[int] | Int[np.ndarray, "..."] | Int[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedToken:
+    """One token as it is generated.
+
+    Probabilities are the model's own: softmax of the logits, before temperature and nucleus.
+    """
+
+    id: int
+    text: str
+    """What this token adds to the text; empty while a character is not complete."""
+    prob: float
+    alternatives: tuple[tuple[int, str, float], ...]
+    """The most probable tokens, best first: id, text and probability."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@functools.partial(jax.jit, static_argnames=("captures",))
+def _forward(
+    model: Grok,
+    tokens: Array,
+    lengths: Array,
+    captures: tuple[Capture, ...],
+    edits: tuple[Change, ...],
+) -> Output:
+    return model(tokens, lengths=lengths, captures=captures, edits=edits)
+
+
+class LanguageModel:
+    """A Grok-1-shaped model ready to use; `grokkit.load` makes one."""
+
+    def __init__(self, model: Grok, mesh: Mesh, tokenizer: Tokenizer | None, name: str = "model"):
+        """Put together parts that fit: see `load` for the usual way.
+
+        **Arguments:**
+
+        - `model`: the Equinox pytree, laid out over `mesh`.
+        - `mesh`: with axes `data` and `model`, as `make_mesh` makes it.
+        - `tokenizer`: with as many pieces as the model's vocabulary, or `None` to work with token
+            ids only.
+        - `name`: what error messages and the `repr` call it.
+        """
+        if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+            raise TokenizerError(
+                f"{name}: expected a tokenizer of {model.config.vocab_size} pieces, as the model's "
+                f"vocabulary, found {tokenizer.vocab_size}"
+            )
+        self.model = model
+        self.mesh = mesh
+        self._tokenizer = tokenizer
+        self.name = name
+
+    @property
+    def config(self) -> GrokConfig:
+        """The model's sizes and constants."""
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. **Raises:** `TokenizerError` if the checkpoint came without one."""
+        if self._tokenizer is None:
+            raise TokenizerError(
+                f"{self.name}: this needs text, and there is no tokenizer.model beside the "
+                f"weights; put it there, or pass token ids"
+            )
+        return self._tokenizer
+
+    def __repr__(self) -> str:
+        c = self.config
+        mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        device = self.mesh.devices.flat[0].device_kind
+        return (
+            f"LanguageModel({self.name!r}: {c.n_params:,} parameters, {c.n_layers} layers, "
+            f"d_model {c.d_model}, {c.n_heads} heads, {c.n_experts} experts of which "
+            f"{c.n_experts_per_token} a token, vocab {c.vocab_size}, context {c.context_length}; "
+            f"{jnp.dtype(self.model.dtype).name}; mesh {mesh} of {device})"
+        )
+
+    # Text and tokens
+
+    def to_tokens(self, text: Text) -> Int[np.ndarray, "batch position"]:
+        """Token ids of one text or several, as rows padded on the right.
+
+        No [BOS] is added: the official code encodes without one.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        ids = [self.tokenizer.encode(t) for t in texts]
+        if not ids or not all(ids):
+            raise PromptError("expected at least one text, none empty")
+        return pad_right(ids, max(map(len, ids)), self.config.pad_token)
+
+    def to_string(self, ids: Sequence[int] | Int[np.ndarray, "..."] | Int[Array, "..."]) -> Any:
+        """The text that a row of ids spells; for several rows, a list of texts."""
+        rows = np.asarray(ids)
+        if rows.ndim == 2:
+            return [self.tokenizer.decode(row) for row in rows]
+        return self.tokenizer.decode(np.atleast_1d(rows))
+
+    def to_str_tokens(self, text: str | Sequence[int] | np.ndarray | Array) -> list[str]:
+        """What each token of a text, or of one row of ids, shows."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+        return self.tokenizer.str_tokens(np.asarray(ids).reshape(-1))
+
+    # Running
+
+    def __call__(self, tokens: Tokens, edits: Sequence[Change] = ()) -> Output:
+        """Next-token logits at every position.
+
+        **Arguments:**
+
+        - `tokens`: a text, several texts, or token ids [position] or [batch, position]. Shorter
+            texts are padded on the right; their logits beyond the end mean nothing.
+        - `edits`: changes to make inside.
+
+        **Returns:** an `Output`; `out.logits` is [batch, position, vocab], float32.
+
+        **Raises:** `PromptError` for ids that do not exist or too long a text.
+        """
+        return self.run(tokens, (), tuple(edits))
+
+    def run(
+        self, tokens: Tokens, captures: tuple[Capture, ...], edits: tuple[Change, ...]
+    ) -> Output:
+        """A forward pass with captures and edits already resolved; see `run_with_cache`."""
+        ids, lengths = self.prepare(tokens)
+        with jax.set_mesh(self.mesh):
+            return _release(_forward(self.model, ids, lengths, captures, edits))
+
+    def prepare(
+        self, tokens: Tokens
+    ) -> tuple[Int[np.ndarray, "batch position"], Int[np.ndarray, " batch"]]:
+        """Token ids as rows and how many of each are real. **Raises:** `PromptError`."""
+        if isinstance(tokens, str) or (len(tokens) and isinstance(tokens[0], str)):
+            texts = [tokens] if isinstance(tokens, str) else list(tokens)  # type: ignore[list-item]
+            ids = self.to_tokens(texts)  # type: ignore[arg-type]
+            lengths = np.array([len(self.tokenizer.encode(t)) for t in texts], np.int32)  # type: ignore[arg-type]
+        else:
+            ids = np.atleast_2d(np.asarray(tokens))
+            if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
+                raise PromptError(
+                    f"tokens: expected text, or integers [batch, position], found an array of "
+                    f"shape {ids.shape} and dtype {ids.dtype}"
+                )
+            lengths = np.full(ids.shape[0], ids.shape[1], np.int32)
+        check_prompts(self.config, self.mesh, ids.tolist(), 0)
+        return ids.astype(np.int32), lengths
+
+    # Generating
+
+    @overload
+    def generate(self, prompt: str, **settings: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **settings: Any) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: Text,
+        max_len: int = 100,
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        edits: Sequence[Change] = (),
+    ) -> str | list[str]:
+        """Continue a text, or each of several, until an end-of-text token or `max_len` tokens.
+
+        **Arguments:**
+
+        - `prompt`: one text or several. They may differ in length; each gets the continuation
+            that it would get alone.
+        - `max_len`: most new tokens, at least 1. Prompt and new tokens must fit in the context.
+        - `temperature`: the logits are divided by it; 0 always takes the most probable token.
+        - `top_p`: draw only from the fewest most probable tokens that together reach this.
+        - `seed`: the same seed gives the same text, on any mesh. Text i uses `seed + i`, or its
+            own if a sequence is given.
+        - `edits`: changes to make inside, at every token.
+
+        **Returns:** the new text, without the prompt; a list of them for a list of prompts.
+
+        **Raises:** `PromptError` for a setting or prompt that cannot be honoured.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ids = [self.tokenizer.encode(p) for p in prompts]
+        new: list[list[int]] = [[] for _ in ids]
+        finished = [False] * len(ids)
+        rounds = generate_tokens(
+            self.model, self.mesh, ids, max_len, Sampling(temperature, top_p, seed),
+            edits=tuple(edits),
+        )  # fmt: skip
+        for piece in rounds:
+            for step in np.asarray(piece.draws.token):
+                for i, token in enumerate(step.tolist()):
+                    finished[i] = finished[i] or token == self.config.eos_token
+                    if not finished[i] and len(new[i]) < max_len:
+                        new[i].append(token)
+            if all(finished):
+                break
+        texts = [self._continuation(p, n) for p, n in zip(ids, new, strict=True)]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self,
+        prompt: str,
+        max_len: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        edits: Sequence[Change] = (),
+    ) -> Iterator[StreamedToken]:
+        """Continue a text token by token; arguments as in `generate`.
+
+        **Returns:** an iterator of `StreamedToken`s. Their texts, joined, are what `generate`
+        returns for the same arguments.
+        """
+        ids = self.tokenizer.encode(prompt)
+        rounds = generate_tokens(
+            self.model, self.mesh, [ids], max_len, Sampling(temperature, top_p, seed), block=1,
+            edits=tuple(edits),
+        )  # fmt: skip
+        return self._stream(ids, rounds)
+
+    def _stream(self, ids: list[int], rounds: Iterator[Any]) -> Iterator[StreamedToken]:
+        decoder = self.tokenizer.stream_decoder(ids)
+        for piece in rounds:
+            draw = jax.tree.map(lambda a: np.asarray(a)[0, 0], piece.draws)
+            token = int(draw.token)
+            if token == self.config.eos_token:
+                return
+            shown = self.to_str_tokens(draw.top_tokens)
+            alternatives = zip(
+                draw.top_tokens.tolist(), shown, draw.top_probs.tolist(), strict=True
+            )
+            yield StreamedToken(token, decoder.push(token), float(draw.prob), tuple(alternatives))
+
+    def _continuation(self, prompt: list[int], new: list[int]) -> str:
+        decoder = self.tokenizer.stream_decoder(prompt)
+        return "".join(decoder.push(token) for token in new) + decoder.finish()
+
+
+def _release(tree: PyTree) -> PyTree:
+    """The same arrays on a mesh with automatic axes, without a copy.
+
+    Inside the model, layouts are part of the types and an ambiguous one is an error; in a
+    notebook `logits[0, -1]` should just work.
+    """
+
+    def release(a: Array) -> Array:
+        if not isinstance(a.sharding, NamedSharding):
+            return a
+        mesh = a.sharding.mesh
+        return jax.device_put(
+            a, NamedSharding(Mesh(mesh.devices, mesh.axis_names), a.sharding.spec)
+        )
+
+    return jax.tree.map(release, tree)
+
+
+def default_mesh(config: GrokConfig) -> Mesh:
+    """All local devices on the model axis, or as many of them as divide the model's shapes."""
+    devices = jax.local_devices()
+    for n in range(len(devices), 0, -1):
+        mesh = make_mesh(1, n, devices)
+        try:
+            check_mesh(config, mesh)
+        except ConfigError:
+            continue
+        return mesh
+    raise AssertionError("every model fits on one device")
+
+
+def load(
+    source: str | os.PathLike[str] = "nano",
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    progress: bool = True,
+    check: bool = False,
+) -> LanguageModel:
+    """Load a model from a checkpoint in the official layout.
+
+    **Arguments:**
+
+    - `source`: a directory that holds `ckpt-0/`, and optionally `config.json` and
+        `tokenizer.model`; or the name of a shipped model, `"nano"`. A directory called `nano` is
+        loaded as `"./nano"`.
+    - `mesh`: over which devices; by default all local ones on the model axis, as many as divide
+        the model's shapes.
+    - `dtype`: what matrix products round to, `"float32"` or `"bfloat16"`; by default float32 on
+        a CPU and bfloat16 elsewhere.
+    - `progress`: show a progress bar, in bytes.
+    - `check`: read all float values first and refuse NaN or infinite ones.
+
+    **Returns:** a `LanguageModel`.
+
+    **Raises:** `CheckpointError`, `ConfigError` or `TokenizerError` before anything is allocated.
+    """
+    directory = shipped(source) if isinstance(source, str) else None
+    checkpoint = open_checkpoint(Path(source) if directory is None else directory)
+    config = checkpoint.config
+    mesh = default_mesh(config) if mesh is None else mesh
+    check_mesh(config, mesh)
+    if dtype is None:
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise CheckpointError(f"dtype must be float32 or bfloat16, found {dtype!r}")
+    tokenizer = None
+    if checkpoint.tokenizer_file is not None:
+        tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, config.vocab_size)
+    if check:
+        check_finite(checkpoint)
+    model = load_params(checkpoint, param_specs(config, dtype), mesh, progress=progress)
+    return LanguageModel(model, mesh, tokenizer, str(source))
