@@ -18,8 +18,9 @@ help:
 	@echo "make bench      run the benchmarks"
 	@echo "make clean      remove what was built and downloaded: $(VENV) too"
 
+# What was compiled is kept, so that a second demo writes its first token sooner.
 demo: $(VENV)/.installed
-	@$(BIN)/python -m grokkit.demo
+	@JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache $(BIN)/python -m grokkit.demo
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)

@@ -1,0 +1,77 @@
+"""What `make demo` shows: a model on eight devices, its text, and the experts behind each token."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+import grokkit
+from grokkit.language_model import LanguageModel
+
+DEVICES = 8
+PROMPT = "The duty of the Congress is"
+
+
+def show_layout(lm: LanguageModel) -> None:
+    """Draw how one weight of the first layer lies over the devices."""
+    weight = lm.model.blocks.attention.query.weight[0]
+    n_devices = lm.mesh.devices.size
+    print(
+        f"Layer 0's query weight, {weight.shape[0]} x {weight.shape[1]} in {weight.dtype}: each of "
+        f"{n_devices} devices holds the columns of {lm.config.n_heads // n_devices} of its "
+        f"{lm.config.n_heads} heads.\n"
+    )
+    jax.debug.visualize_array_sharding(weight)
+
+
+def stream_text(lm: LanguageModel, prompt: str, max_len: int, seed: int) -> list[int]:
+    """Print the prompt and, as it comes, its continuation; return the continuation's ids."""
+    print(f"\n{prompt}", end="", flush=True)
+    ids = []
+    for token in lm.stream(prompt, max_len=max_len, temperature=0.7, top_p=0.95, seed=seed):
+        print(token.text, end="", flush=True)
+        ids.append(token.id)
+    print("\n")
+    return ids
+
+
+def show_experts(lm: LanguageModel, ids: Sequence[int]) -> None:
+    """Print a line for each token: the experts it chose in every layer, the more probable first."""
+    out = lm.run(np.array([ids]), (grokkit.Capture("expert_indices"),), ())
+    chosen = np.asarray(out.captured["expert_indices"])[:, 0]  # [layer, position, choice]
+    labels = [repr(text)[1:-1] for text in lm.to_str_tokens(ids)]
+    width = max(len("token"), *map(len, labels)) + 2
+    print(f"The {lm.config.n_experts_per_token} of {lm.config.n_experts} experts of each token:\n")
+    header = "".join(f"{f'layer {layer}':>9}" for layer in range(lm.config.n_layers))
+    print(f"{'token':<{width}}{header}")
+    for position, label in enumerate(labels):
+        experts = "".join(f"{'+'.join(map(str, pair)):>9}" for pair in chosen[:, position].tolist())
+        print(f"{label:<{width}}{experts}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo; `python -m grokkit.demo --help` lists the options."""
+    parser = argparse.ArgumentParser(prog="python -m grokkit.demo", description=__doc__)
+    parser.add_argument("source", nargs="?", default="nano", help="nano, or a checkpoint directory")
+    parser.add_argument("--prompt", default=PROMPT, help="the text to continue")
+    parser.add_argument("--max-len", type=int, default=40, help="the most tokens to add")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    options = parser.parse_args(arguments)
+
+    grokkit.virtual_devices(DEVICES)
+    lm = grokkit.load(options.source, progress=False)
+    print(f"{lm}\n")
+    show_layout(lm)
+    new = stream_text(lm, options.prompt, options.max_len, options.seed)
+    show_experts(lm, lm.tokenizer.encode(options.prompt) + new)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except grokkit.GrokkitError as error:
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
