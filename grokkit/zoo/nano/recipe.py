@@ -1,0 +1,71 @@
+"""The numbers of nano's recipe: its config, its mixture and its optimiser's settings."""
+
+import math
+from dataclasses import dataclass, field
+
+from grokkit.config import GrokConfig
+from grokkit.zoo.nano.tokenizer import VOCAB_SIZE
+from grokkit.zoo.nano.windows import COPIES, SUMS
+
+
+def nano_config() -> GrokConfig:
+    """nano's sizes. A width of 192 calls for multipliers of its own."""
+    return GrokConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=192,
+        n_layers=6,
+        n_heads=16,
+        n_kv_heads=8,
+        d_head=24,
+        d_ff=256,
+        context_length=256,
+        embedding_multiplier=math.sqrt(192),
+        output_multiplier=1 / math.sqrt(3),
+        attention_multiplier=1 / math.sqrt(24),
+    )
+
+
+def nano_mixture() -> dict[str, float]:
+    """Share of the training windows of each kind."""
+    return {
+        "prose": 0.17,
+        "verse": 0.15,
+        "code": 0.16,
+        "french": 0.12,
+        "spanish": 0.12,
+        SUMS: 0.07,
+        COPIES: 0.21,
+    }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    Attributes:
+        config: the model's sizes.
+        mixture: share of the windows of each kind.
+        batch: windows in a step.
+        optimizer: `muon` or `adamw`.
+        matrix_rate: peak learning rate of attention and expert matrices.
+        rate: peak learning rate of everything else.
+        weight_decay: decay of the matrices, times the learning rate.
+        warmup: steps until the peak rate.
+        decay_share: the last share of the run, in which the rate falls linearly to nothing.
+        capacity_factor: capacity of an expert over its even share of the tokens.
+        balance_weight: weight of the load-balancing loss.
+        seed: seed of the parameters and of the batches.
+    """
+
+    config: GrokConfig = field(default_factory=nano_config)
+    mixture: dict[str, float] = field(default_factory=nano_mixture)
+    batch: int = 24
+    optimizer: str = "muon"
+    matrix_rate: float = 0.04
+    rate: float = 5e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay_share: float = 0.3
+    capacity_factor: float = 1.5
+    balance_weight: float = 0.01
+    seed: int = 0
