@@ -1,6 +1,17 @@
 """grokkit: Grok-1 as an Equinox pytree, to sample from, look inside and change."""
 
+from grokkit.activation_cache import ActivationCache
 from grokkit.config import GROK_1, NANO, GrokConfig
+from grokkit.edits import (
+    Add,
+    Apply,
+    ForbidExperts,
+    ForceExperts,
+    Replace,
+    RouterTemperature,
+    Scale,
+    SwapExperts,
+)
 from grokkit.errors import GrokkitError
 from grokkit.language_model import LanguageModel, load
 from grokkit.sharding import make_mesh, virtual_devices
@@ -12,10 +23,19 @@ __all__ = [
     "GROK_1",
     "NANO",
     "SITES",
+    "ActivationCache",
+    "Add",
+    "Apply",
     "Capture",
+    "ForbidExperts",
+    "ForceExperts",
     "GrokConfig",
     "GrokkitError",
     "LanguageModel",
+    "Replace",
+    "RouterTemperature",
+    "Scale",
+    "SwapExperts",
     "load",
     "make_mesh",
     "virtual_devices",

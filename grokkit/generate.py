@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from grokkit.config import GrokConfig
 from grokkit.errors import PromptError
@@ -51,10 +51,10 @@ class Sampling:
         top_p = _each("top_p", self.top_p, n, np.float32)
         if not ((top_p > 0) & (top_p <= 1)).all():
             raise PromptError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        seed = self.seed
-        seeds = [seed + i for i in range(n)] if isinstance(seed, int) else seed
-        if any(not 0 <= int(s) < 2**32 for s in seeds):
-            raise PromptError(f"seed must be from 0 to 2**32 - 1, found {self.seed}")
+        seed = np.asarray(self.seed)
+        if seed.dtype.kind not in "iu" or (seed < 0).any() or (seed >= 2**32).any():
+            raise PromptError(f"seed must be an integer from 0 to 2**32 - 1, found {self.seed}")
+        seeds = (int(seed) + np.arange(n)) % 2**32 if seed.ndim == 0 else seed
         return temperature, top_p, _each("seed", seeds, n, np.uint32)
 
 
@@ -83,7 +83,7 @@ def sample(
     logits: Float[Array, "batch vocab"],
     temperature: Float[Array, " batch"],
     top_p: Float[Array, " batch"],
-    seed: Int[Array, " batch"],
+    seed: UInt32[Array, " batch"],
     position: Int[Array, " batch"],
 ) -> Draw:
     """Draw each sequence's next token.
@@ -97,7 +97,9 @@ def sample(
 
     def local(logits, temperature, top_p, seed, position):
         greedy = temperature == 0
-        scaled = logits / jnp.where(greedy, 1, temperature)[:, None]
+        # Zero at the largest, so that the smallest temperature cannot make that infinite.
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        scaled = (logits - largest) / jnp.where(greedy, 1, temperature)[:, None]
         kept = jax.lax.cond(
             jnp.any(top_p < 1), lambda: nucleus(scaled, top_p), lambda: jnp.ones_like(scaled, bool)
         )
@@ -145,10 +147,15 @@ def _prefill(
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
 ) -> tuple[KVCache, Draw, dict[str, Any]]:
+    # A capture of every position's logits needs them all; otherwise only the last are computed.
+    last_only = not any(c.site in ("final_norm", "logits") for c in captures)
     out = model(
-        tokens, cache=cache, lengths=lengths, last_only=True, captures=captures, edits=edits
+        tokens, cache=cache, lengths=lengths, last_only=last_only, captures=captures, edits=edits
     )
-    return out.cache, sample(out.logits[:, 0], *rows, out.cache.length), out.captured
+    logits = out.logits
+    if not last_only:
+        logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)
+    return out.cache, sample(logits[:, 0], *rows, out.cache.length), out.captured
 
 
 @functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("cache",))

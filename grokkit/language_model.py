@@ -5,18 +5,29 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int, PyTree
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree
 
+from grokkit.activation_cache import ActivationCache
 from grokkit.checkpoint import check_finite, load_params, open_checkpoint
 from grokkit.config import GrokConfig
+from grokkit.edits import Edit, resolve
 from grokkit.errors import CheckpointError, ConfigError, PromptError, TokenizerError
 from grokkit.generate import Sampling, check_prompts, generate_tokens, pad_right
+from grokkit.inspection import (
+    Bill,
+    Captures,
+    GenerationRecorder,
+    as_cache,
+    as_captures,
+    bill,
+)
 from grokkit.model import Grok, Output, check_mesh, param_specs
 from grokkit.sharding import make_mesh
 from grokkit.taps import Capture, Change
@@ -133,7 +144,7 @@ class LanguageModel:
 
     # Running
 
-    def __call__(self, tokens: Tokens, edits: Sequence[Change] = ()) -> Output:
+    def __call__(self, tokens: Tokens, edits: Sequence[Edit] = ()) -> Output:
         """Next-token logits at every position.
 
         **Arguments:**
@@ -146,15 +157,48 @@ class LanguageModel:
 
         **Raises:** `PromptError` for ids that do not exist or too long a text.
         """
-        return self.run(tokens, (), tuple(edits))
-
-    def run(
-        self, tokens: Tokens, captures: tuple[Capture, ...], edits: tuple[Change, ...]
-    ) -> Output:
-        """A forward pass with captures and edits already resolved; see `run_with_cache`."""
         ids, lengths = self.prepare(tokens)
+        return self._run(ids, lengths, (), edits)
+
+    def run_with_cache(
+        self, tokens: Tokens, captures: Captures = None, edits: Sequence[Edit] = ()
+    ) -> tuple[Float[Array, "batch position vocab"], ActivationCache]:
+        """A forward pass that keeps activations.
+
+        **Arguments:**
+
+        - `tokens`: as for calling the model.
+        - `captures`: names of sites (`grokkit.SITES` lists them) or `Capture`s; every site by
+            default. `bill` says beforehand what they take.
+        - `edits`: changes to make inside. A site is captured as the edits leave it.
+
+        **Returns:** the logits and an `ActivationCache`.
+
+        **Raises:** `SiteError` for a site, layer or position that does not exist.
+        """
+        ids, lengths = self.prepare(tokens)
+        wanted = as_captures(captures, self.config, ids.shape[1])
+        out = self._run(ids, lengths, wanted, edits)
+        return out.logits, as_cache(wanted, out.captured, self.config)
+
+    def bill(self, tokens: Tokens, captures: Captures = None) -> Bill:
+        """Bytes that `run_with_cache` would keep, from shapes alone; nothing runs."""
+        ids, lengths = self.prepare(tokens)
+        wanted = as_captures(captures, self.config, ids.shape[1])
         with jax.set_mesh(self.mesh):
-            return _release(_forward(self.model, ids, lengths, captures, edits))
+            out = jax.eval_shape(lambda *a: _forward(*a, wanted, ()), self.model, ids, lengths)
+        return bill({c.key: out.captured[c.key] for c in wanted})
+
+    def _run(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        captures: tuple[Capture, ...],
+        edits: Sequence[Edit],
+    ) -> Output:
+        resolved = self._resolve(edits, lengths.tolist())
+        with jax.set_mesh(self.mesh):
+            return _release(_forward(self.model, ids, lengths, captures, resolved))
 
     def prepare(
         self, tokens: Tokens
@@ -177,11 +221,6 @@ class LanguageModel:
 
     # Generating
 
-    @overload
-    def generate(self, prompt: str, **settings: Any) -> str: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **settings: Any) -> list[str]: ...
-
     def generate(
         self,
         prompt: Text,
@@ -189,7 +228,7 @@ class LanguageModel:
         temperature: float | Sequence[float] = 1.0,
         top_p: float | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
-        edits: Sequence[Change] = (),
+        edits: Sequence[Edit] = (),
     ) -> str | list[str]:
         """Continue a text, or each of several, until an end-of-text token or `max_len` tokens.
 
@@ -208,24 +247,74 @@ class LanguageModel:
 
         **Raises:** `PromptError` for a setting or prompt that cannot be honoured.
         """
+        texts, _ = self._generate(prompt, max_len, Sampling(temperature, top_p, seed), (), edits)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def generate_with_cache(
+        self,
+        prompt: Text,
+        captures: Captures = None,
+        max_len: int = 100,
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        edits: Sequence[Edit] = (),
+    ) -> tuple[list[str], ActivationCache]:
+        """As `generate`, keeping activations of the prompt and of every new token on the way.
+
+        No second pass is made; what is kept equals a full forward pass over the prompt and the
+        new tokens but the last, which was never fed to the model.
+
+        **Arguments:** as for `generate` and `run_with_cache`; captures take all positions.
+
+        **Returns:** the new texts, one a prompt, and an `ActivationCache` on the host. Rows that
+        end earlier than the longest are padded.
+        """
+        wanted = as_captures(captures, self.config, self.config.context_length)
+        texts, cache = self._generate(
+            prompt, max_len, Sampling(temperature, top_p, seed), wanted, edits
+        )
+        assert cache is not None
+        return texts, cache
+
+    def _generate(
+        self,
+        prompt: Text,
+        max_len: int,
+        sampling: Sampling,
+        captures: tuple[Capture, ...],
+        edits: Sequence[Edit],
+    ) -> tuple[list[str], ActivationCache | None]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [self.tokenizer.encode(p) for p in prompts]
+        lengths = [len(p) for p in ids]
+        recorder = GenerationRecorder(captures, self.config, lengths) if captures else None
         new: list[list[int]] = [[] for _ in ids]
         finished = [False] * len(ids)
         rounds = generate_tokens(
-            self.model, self.mesh, ids, max_len, Sampling(temperature, top_p, seed),
-            edits=tuple(edits),
+            self.model, self.mesh, ids, max_len, sampling, captures=captures,
+            edits=self._resolve(edits, lengths),
         )  # fmt: skip
-        for piece in rounds:
+        for i_round, piece in enumerate(rounds):
             for step in np.asarray(piece.draws.token):
                 for i, token in enumerate(step.tolist()):
                     finished[i] = finished[i] or token == self.config.eos_token
                     if not finished[i] and len(new[i]) < max_len:
                         new[i].append(token)
+            if recorder is not None:
+                recorder.add(piece.captured, prefill=i_round == 0)
             if all(finished):
                 break
         texts = [self._continuation(p, n) for p, n in zip(ids, new, strict=True)]
-        return texts[0] if isinstance(prompt, str) else texts
+        fed = max(len(n) - (not f) for n, f in zip(new, finished, strict=True))
+        return texts, None if recorder is None else recorder.cache(fed)
+
+    def _resolve(self, edits: Sequence[Edit], lengths: Sequence[int]) -> tuple[Change, ...]:
+        """Edits checked, as masks and whole on every device."""
+        if not edits:
+            return ()
+        everywhere = NamedSharding(self.mesh, P())
+        return jax.device_put(resolve(edits, self.config, lengths), everywhere)
 
     def stream(
         self,
@@ -234,7 +323,7 @@ class LanguageModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
-        edits: Sequence[Change] = (),
+        edits: Sequence[Edit] = (),
     ) -> Iterator[StreamedToken]:
         """Continue a text token by token; arguments as in `generate`.
 
@@ -244,7 +333,7 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt)
         rounds = generate_tokens(
             self.model, self.mesh, [ids], max_len, Sampling(temperature, top_p, seed), block=1,
-            edits=tuple(edits),
+            edits=self._resolve(edits, [len(ids)]),
         )  # fmt: skip
         return self._stream(ids, rounds)
 

@@ -125,6 +125,7 @@ class Grok(eqx.Module):
             cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + lengths))
         if last_only:
             x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+            outer.move_to((start + lengths - 1)[:, None])
         logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)), self.dtype)
         logits = outer("logits", logits * self.config.output_multiplier)
         return Output(logits, cache, captured | outer.captured)

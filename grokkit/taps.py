@@ -7,11 +7,11 @@ tap is the identity and leaves no trace in the compiled program.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from grokkit.errors import SiteError
 
@@ -164,6 +164,7 @@ def _from_zero(i: int, size: int, where: str, what: str) -> int:
     return i % size
 
 
+@runtime_checkable
 class Change(Protocol):
     """What the tap needs of an edit: where it acts, and the new value there."""
 
@@ -201,6 +202,10 @@ class Tap:
         self.captured: dict[str, Any] = {}
         """What the captures kept, by their key."""
 
+    def move_to(self, positions: Int[Array, "batch position"]) -> None:
+        """Say that the activations that follow are of these absolute positions."""
+        self._at = dataclasses.replace(self._at, positions=positions)
+
     def wants(self, name: str) -> bool:
         """Whether anything looks at or changes this site."""
         return any(c.site == name for c in self._captures) or any(
@@ -218,8 +223,3 @@ class Tap:
             if capture.site == name:
                 self.captured[capture.key] = capture.select(value)
         return value
-
-
-def layer_mask(layers: tuple[int, ...], n_layers: int) -> Bool[Array, " layer"]:
-    """Which layers are among `layers`."""
-    return jnp.zeros(n_layers, bool).at[jnp.asarray(layers)].set(True)

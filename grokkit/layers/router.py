@@ -30,6 +30,7 @@ def route(
     logits = einsum32("btd,de->bte", x, router, jnp.float32)
     logits = tap("router_logits", logits)
     probs = tap("router_probs", jax.nn.softmax(logits, axis=-1))
-    weights, experts = jax.lax.top_k(probs, n_chosen)
-    experts = tap("expert_indices", experts)
+    experts = tap("expert_indices", jax.lax.top_k(probs, n_chosen)[1])
+    # Looked up, not taken from top_k: experts that an edit forces get their true probability.
+    weights = jnp.take_along_axis(probs, experts, axis=-1)
     return Routing(experts, tap("expert_weights", weights))
