@@ -8,12 +8,12 @@ beyond the weights is one slice on its way (on the host and on the device); on C
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
@@ -155,22 +155,10 @@ def _load(plan: _Plan, bar: Any) -> Array:
     return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
 
 
-class Part(Protocol):
-    """One device's part of an array while it is being written."""
-
-    def write(self, place: Any, values: np.ndarray) -> None:
-        """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
-        ...
-
-    def finish(self) -> Array:
-        """The complete part, on its device."""
-        ...
-
-
 class HostPart:
     """Memory that a CPU device can use as it is, so that finishing copies nothing."""
 
-    def __init__(self, device: jax.Device, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
         self.device = device
         count = int(np.prod(shape))
         raw = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
@@ -178,31 +166,38 @@ class HostPart:
         self.memory = raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
     def write(self, place: Any, values: np.ndarray) -> None:
-        """See `Part.write`."""
+        """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
         self.memory[place] = values
 
     def finish(self) -> Array:
-        """See `Part.finish`."""
+        """The complete part, on its device."""
         return jax.device_put(self.memory, self.device)
 
 
 class DevicePart:
     """An array on an accelerator, overwritten in place one slice at a time."""
 
-    def __init__(self, device: jax.Device, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
         self.device = device
-        self.array = jnp.zeros(shape, dtype, device=device)
+        self.array = _zeros_program(shape, dtype, device)()
 
     def write(self, place: Any, values: np.ndarray) -> None:
-        """See `Part.write`."""
+        """See `HostPart.write`."""
         # Waiting keeps it to one slice under way: transfers would otherwise queue up.
         values = np.ascontiguousarray(values)
         piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
         self.array = piece if place is ... else _overwrite(self.array, piece, jnp.int32(place))
 
     def finish(self) -> Array:
-        """See `Part.finish`."""
+        """See `HostPart.finish`."""
         return self.array.block_until_ready()
+
+
+@functools.cache
+def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
+    # jnp.zeros(..., device=device) may make the array twice, here and there.
+    sharding = SingleDeviceSharding(device)
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -210,6 +205,6 @@ def _overwrite(array: Array, piece: Array, place: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
 
 
-def new_part(device: jax.Device, shape: tuple[int, ...], dtype: np.dtype) -> Part:
+def new_part(device: Any, shape: tuple[int, ...], dtype: np.dtype) -> HostPart | DevicePart:
     """The kind of part that suits the device."""
     return (HostPart if device.platform == "cpu" else DevicePart)(device, shape, dtype)

@@ -127,12 +127,12 @@ def _find(directory: Path) -> Path:
         found = "a file" if directory.exists() else "nothing"
         remedy = "give the directory that holds ckpt-0/, or put the checkpoint there"
         raise refusal(directory, expected, found, remedy)
-    folder = directory.resolve() / FOLDER
+    folder = directory.absolute() / FOLDER
     if folder.is_dir():
         return folder
     content = sorted(path.name for path in directory.iterdir())
-    if directory.resolve().name == FOLDER or any(map(_TENSOR_NAME.fullmatch, content)):
-        return directory.resolve()
+    if directory.absolute().name == FOLDER or any(map(_TENSOR_NAME.fullmatch, content)):
+        return directory.absolute()
     inside = [name for name in content if (directory / name / FOLDER).is_dir()]
     if inside:
         remedy = f"give {directory / inside[0]} instead"

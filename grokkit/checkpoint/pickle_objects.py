@@ -59,6 +59,8 @@ class Payload:
 
     offset: int
     nbytes: int
+    only_byte: bytes | None = None
+    """The content, if it is a single byte: numpy's placeholder type code is one."""
 
 
 @dataclasses.dataclass
@@ -138,9 +140,8 @@ def set_state(target: Any, state: Any) -> None:
 
 
 def _reconstruct(arguments: Any) -> ArrayNote:
-    # The last argument is the type code b"b", which the state overrides; its value is not used.
     match arguments:
-        case (Global() as cls, (int(length),), Payload(nbytes=1)):
+        case (Global() as cls, (int(length),), Payload(only_byte=b"b")):
             if cls is NDARRAY and _same(length, 0):
                 return ArrayNote()
     raise Refused(

@@ -175,7 +175,8 @@ class _Machine:
     def skip_payload(self, length_bytes: int) -> None:
         nbytes = self.unsigned(length_bytes)
         self.check_available(nbytes, "an array payload")
-        self.stack.append(Payload(self.position, nbytes))
+        only_byte = self.file.read(1) if nbytes == 1 else None
+        self.stack.append(Payload(self.position, nbytes, only_byte))
         self.position += nbytes
         self.file.seek(self.position)
 
