@@ -5,6 +5,8 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from docutils import nodes
+
 HERE = Path(__file__).parent
 
 project = "grokkit"
@@ -23,7 +25,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "grokkit"
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # The notebooks hold the outputs that nbval checks in the tests: show those. Sphinx reads only what
@@ -61,5 +63,13 @@ def as_restructured_text(app, what, name, obj, options, lines):
         lines[i] = re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line)
 
 
+def shorten_array_types(app, doctree):
+    """Write `Float[Array, ...]` for jaxtyping's `Float[jaxlib._jax.Array, ...]`."""
+    for text in list(doctree.findall(nodes.Text)):
+        if "jaxlib._jax." in text:
+            text.parent.replace(text, nodes.Text(text.replace("jaxlib._jax.", "")))
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", as_restructured_text)
+    app.connect("doctree-read", shorten_array_types)

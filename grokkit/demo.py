@@ -39,8 +39,8 @@ def stream_text(lm: LanguageModel, prompt: str, max_len: int, seed: int) -> list
 
 def show_experts(lm: LanguageModel, ids: Sequence[int]) -> None:
     """Print a line for each token: the experts it chose in every layer, the more probable first."""
-    out = lm.run(np.array([ids]), (grokkit.Capture("expert_indices"),), ())
-    chosen = np.asarray(out.captured["expert_indices"])[:, 0]  # [layer, position, choice]
+    _, cache = lm.run_with_cache(ids, "expert_indices")
+    chosen = np.asarray(cache["expert_indices"])[:, 0]  # [layer, position, choice]
     labels = [repr(text)[1:-1] for text in lm.to_str_tokens(ids)]
     width = max(len("token"), *map(len, labels)) + 2
     print(f"The {lm.config.n_experts_per_token} of {lm.config.n_experts} experts of each token:\n")

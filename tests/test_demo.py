@@ -29,12 +29,14 @@ def test_demo_shows_layout_text_and_experts(checkpoint, capsys):
     lm = grokkit.load(checkpoint, progress=False)
     assert "32 x 64 in int8: each of 8 devices holds the columns of 2 of its 16 heads" in printed
     assert all(f"CPU {device}" in printed for device in range(8))
-    text = lm.generate(prompt, max_len=6, temperature=0.7, top_p=0.95, seed=3)
+    text = "".join(map(str, lm.stream(prompt, max_len=6, temperature=0.7, top_p=0.95, seed=3)))
     assert f"\n{prompt}{text}\n" in printed
 
     ids = lm.to_tokens(prompt)
-    captured = lm.run(ids, (grokkit.Capture("router_probs"),), ()).captured["router_probs"]
-    ranked = np.argsort(-np.asarray(captured)[:, 0], axis=-1)  # [layer, position, expert]
+    _, cache = lm.run_with_cache(ids, "router_probs")
+    ranked = np.argsort(
+        -np.asarray(cache["router_probs"])[:, 0], axis=-1
+    )  # [layer, position, expert]
     table = printed.split("layer 1\n")[1].splitlines()
     for position, line in enumerate(table[: ids.shape[1]]):
         assert line.split()[-2:] == [f"{a}+{b}" for a, b in ranked[:, position, :2]]
