@@ -179,18 +179,24 @@ class DevicePart:
 
     def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
         self.device = device
-        self.array = _zeros_program(shape, dtype, device)()
+        self.zeros = _zeros_program(shape, dtype, device)
+        self.array: Array | None = None
 
     def write(self, place: Any, values: np.ndarray) -> None:
         """See `HostPart.write`."""
-        # Waiting keeps it to one slice under way: transfers would otherwise queue up.
+        # Waiting twice keeps it to one slice under way: transfers would otherwise queue up.
         values = np.ascontiguousarray(values)
         piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
-        self.array = piece if place is ... else _overwrite(self.array, piece, jnp.int32(place))
+        if place is ...:
+            self.array = piece
+            return
+        array = self.zeros() if self.array is None else self.array
+        self.array = _overwrite(array, piece, jnp.int32(place)).block_until_ready()
 
     def finish(self) -> Array:
         """See `HostPart.finish`."""
-        return self.array.block_until_ready()
+        assert self.array is not None
+        return self.array
 
 
 @functools.cache
