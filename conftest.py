@@ -8,6 +8,7 @@ flags = os.environ.get("XLA_FLAGS", "")
 if DEVICE_COUNT_FLAG not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {DEVICE_COUNT_FLAG}=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["GROKKIT_COMPILATION_CACHE"] = "off"  # leave the user's cache folder alone
 
 import jax
 

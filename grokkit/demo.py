@@ -1,22 +1,26 @@
 """What `make demo` shows: a model on eight devices, its text, and the experts behind each token."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 import grokkit
+from grokkit.cli import PROMPT, guarded
 from grokkit.language_model import LanguageModel
 
 DEVICES = 8
-PROMPT = "The duty of the Congress is"
+_COLOURS = (31, 32, 33, 34, 35, 36, 91, 94)  # ANSI foregrounds, one an expert
 
 
 def show_layout(lm: LanguageModel) -> None:
     """Draw how one weight of the first layer lies over the devices."""
-    weight = lm.model.blocks.attention.query.weight[0]
+    query: Any = lm.model.blocks.attention.query
+    weight = query.weight[0]
     n_devices = lm.mesh.devices.size
     print(
         f"Layer 0's query weight, {weight.shape[0]} x {weight.shape[1]} in {weight.dtype}: each of "
@@ -37,9 +41,9 @@ def stream_text(lm: LanguageModel, prompt: str, max_len: int, seed: int) -> list
     return ids
 
 
-def show_experts(lm: LanguageModel, ids: Sequence[int]) -> None:
+def show_experts(lm: LanguageModel, ids: Sequence[int], colour: bool) -> None:
     """Print a line for each token: the experts it chose in every layer, the more probable first."""
-    _, cache = lm.run_with_cache(ids, "expert_indices")
+    _, cache = lm.run_with_cache(np.array([ids]), "expert_indices")
     chosen = np.asarray(cache["expert_indices"])[:, 0]  # [layer, position, choice]
     labels = [repr(text)[1:-1] for text in lm.to_str_tokens(ids)]
     width = max(len("token"), *map(len, labels)) + 2
@@ -47,11 +51,21 @@ def show_experts(lm: LanguageModel, ids: Sequence[int]) -> None:
     header = "".join(f"{f'layer {layer}':>9}" for layer in range(lm.config.n_layers))
     print(f"{'token':<{width}}{header}")
     for position, label in enumerate(labels):
-        experts = "".join(f"{'+'.join(map(str, pair)):>9}" for pair in chosen[:, position].tolist())
-        print(f"{label:<{width}}{experts}")
+        cells = "".join(_cell(pair, colour) for pair in chosen[:, position].tolist())
+        print(f"{label:<{width}}{cells}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _cell(experts: Sequence[int], colour: bool) -> str:
+    """`4+3`, right-aligned in nine columns; colours do not count as width."""
+    plain = "+".join(map(str, experts))
+    shown = plain
+    if colour:
+        paint = {expert: f"\x1b[{_COLOURS[expert % len(_COLOURS)]}m" for expert in experts}
+        shown = "+".join(f"{paint[expert]}{expert}\x1b[0m" for expert in experts)
+    return " " * max(9 - len(plain), 1) + shown
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
     """Run the demo; `python -m grokkit.demo --help` lists the options."""
     parser = argparse.ArgumentParser(prog="python -m grokkit.demo", description=__doc__)
     parser.add_argument("source", nargs="?", default="nano", help="nano, or a checkpoint directory")
@@ -65,13 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{lm}\n")
     show_layout(lm)
     new = stream_text(lm, options.prompt, options.max_len, options.seed)
-    show_experts(lm, lm.tokenizer.encode(options.prompt) + new)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    show_experts(lm, lm.tokenizer.encode(options.prompt) + new, colour)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """As `run`, but bad input and Ctrl-C end with a message and the exit status returned."""
+    return guarded("grokkit.demo", lambda: run(arguments), is_program=arguments is None)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except grokkit.GrokkitError as error:
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    sys.exit(main())

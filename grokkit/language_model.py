@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
+from grokkit import compilation_cache
 from grokkit.activation_cache import ActivationCache
 from grokkit.checkpoint import check_finite, load_params, open_checkpoint
 from grokkit.config import GrokConfig
@@ -425,5 +426,6 @@ def load(
         tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, config.vocab_size)
     if check:
         check_finite(checkpoint)
+    compilation_cache.enable()
     model = load_params(checkpoint, param_specs(config, dtype), mesh, progress=progress)
     return LanguageModel(model, mesh, tokenizer, str(source))

@@ -1,0 +1,252 @@
+"""The command line: `grokkit sample` and `grokkit inspect`."""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+
+import grokkit
+from grokkit.checkpoint import Checkpoint, check_finite, open_checkpoint
+from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
+from grokkit.generate import Sampling, check_prompts
+from grokkit.inspect_checkpoint import checkpoint_layout
+from grokkit.language_model import default_mesh
+from grokkit.tokenizer import Tokenizer
+from grokkit.zoo import shipped
+
+PROMPT = "The duty of the Congress is"
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+CLOSED_PIPE = 141  # and for one whose output nobody reads
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the commands.
+
+    **Arguments:**
+
+    - `arguments`: by default those of the command line; Ctrl-C then ends the process at once.
+
+    **Returns:** the exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 if the reader of the
+    output has gone.
+    """
+    options = _parser().parse_args(arguments)
+    return guarded("grokkit", lambda: options.run(options), is_program=arguments is None)
+
+
+def guarded(name: str, run: Callable[[], None], is_program: bool) -> int:
+    """Run a command so that what is not a bug ends with a message, not a traceback.
+
+    **Arguments:**
+
+    - `name`: what messages begin with.
+    - `run`: the command.
+    - `is_program`: whether the process is there for this command alone.
+
+    **Returns:** the exit status, as `main` does.
+    """
+    if is_program:
+        exit_on_interrupt()
+    if hasattr(sys.stdout, "reconfigure"):
+        # A character that the terminal cannot show must not end the text.
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        run()
+        sys.stdout.flush()
+        return 0
+    except GrokkitError as error:
+        sys.stdout.flush()
+        print(f"{name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more as it exits; let that have somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end this process at once, with status 130. For commands that write no files.
+
+    Python would wait until the running compilation is done, loses an interrupt that arrives in
+    one of JAX's callbacks, and crashes in jaxlib as it exits after one that arrives in a
+    compilation. So a thread listens instead, and nothing is torn down.
+    """
+    listener, notifier = socket.socketpair()
+    notifier.setblocking(False)
+
+    def listen() -> None:
+        while listener.recv(1) != bytes([signal.SIGINT]):
+            pass
+        os.write(2, b"\n")
+        os._exit(INTERRUPTED)
+
+    signal.set_wakeup_fd(notifier.detach())
+    signal.signal(signal.SIGINT, lambda *_: None)
+    threading.Thread(target=listen, name="exit-on-interrupt", daemon=True).start()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grokkit", description="Grok-1-shaped models: sample from them, look at their files."
+    )
+    parser.add_argument("--version", action="version", version=f"grokkit {grokkit.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sample = commands.add_parser(
+        "sample", help="continue a text",
+        description="Load a model and continue a text; it is printed as it is made.",
+    )  # fmt: skip
+    sample.set_defaults(run=_sample)
+    sample.add_argument(
+        "checkpoint", nargs="?", default="nano",
+        help="nano, the model that ships with grokkit, or a directory that holds ckpt-0/ "
+        "(default: nano)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--prompt", default=PROMPT, metavar="TEXT",
+        help="the text to continue (default: %(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--max-len", type=int, default=100, metavar="N",
+        help="the most tokens to add; prompt and new tokens must fit in the context (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T",
+        help="below 1 the probable gets more probable; 0 always takes the most probable token "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P",
+        help="draw from the fewest most probable tokens that together reach this probability; 1 "
+        "draws from all (default: %(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--seed", type=int, default=0, metavar="S",
+        help="the same seed gives the same text; another one, another (default: %(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--mesh", type=_mesh_shape, default=None, metavar="DATA,MODEL",
+        help="devices along the batch, of which one prompt can use 1, and devices that share each "
+        "layer's weights (default: 1 and as many as there are and divide the model's shapes)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=None,
+        help="what matrix products round to (default: float32 on a CPU, bfloat16 elsewhere)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--virtual-devices", type=int, default=None, metavar="N",
+        help="split the CPU into N devices, to try a mesh without the hardware (default: no split)",
+    )  # fmt: skip
+    sample.add_argument("--no-progress", action="store_true", help="no progress bar while loading")
+
+    inspect = commands.add_parser(
+        "inspect", help="list a checkpoint's tensors and their layout",
+        description="Check a checkpoint's files and list each tensor's name, shape, dtype, bytes "
+        "and layout on a mesh, from the files' headers: no weight is loaded and no device needed.",
+    )  # fmt: skip
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument(
+        "checkpoint", metavar="DIR", help="a directory that holds ckpt-0/, or nano"
+    )
+    inspect.add_argument(
+        "--mesh", type=_mesh_shape, default="1,8", metavar="DATA,MODEL",
+        help="devices along the batch, and devices that share each layer's weights (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--check", action="store_true",
+        help="also read all float values and refuse the checkpoint if one is NaN or infinite",
+    )  # fmt: skip
+    inspect.add_argument("--no-progress", action="store_true", help="no progress bar for --check")
+    return parser
+
+
+def _mesh_shape(text: str) -> tuple[int, int]:
+    """`"1,8"` as (data, model)."""
+    try:
+        data, model = map(int, text.split(","))
+    except ValueError:
+        data = model = 0
+    if data < 1 or model < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers of devices, at least 1 each, as in 1,8; found {text!r}"
+        )
+    return data, model
+
+
+def _sample(options: argparse.Namespace) -> None:
+    if options.virtual_devices is not None:
+        grokkit.virtual_devices(options.virtual_devices)
+    checkpoint = _open(options.checkpoint)
+    mesh = _mesh(options, checkpoint)
+    _check_request(options, checkpoint, mesh)
+    lm = grokkit.load(options.checkpoint, mesh, options.dtype, progress=not options.no_progress)
+    tokens = lm.stream(
+        options.prompt, options.max_len, options.temperature, options.top_p, options.seed
+    )
+    print(options.prompt, end="", flush=True)
+    for token in tokens:
+        print(token.text, end="", flush=True)
+    print()
+
+
+def _mesh(options: argparse.Namespace, checkpoint: Checkpoint) -> jax.sharding.Mesh:
+    if options.mesh is None:
+        return default_mesh(checkpoint.config)
+    data, model = options.mesh
+    if data > 1:
+        raise ConfigError(
+            f"--mesh {data},{model} spreads prompts over {data} devices, and there is one prompt; "
+            f"use --mesh 1,{model}"
+        )
+    found = len(jax.devices())
+    if model > found:
+        raise ConfigError(
+            f"--mesh {data},{model} needs {model} devices, found {found}; on a CPU, add "
+            f"--virtual-devices {model}"
+        )
+    return grokkit.make_mesh(data, model)
+
+
+def _check_request(
+    options: argparse.Namespace, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
+) -> None:
+    """Refuse before the weights are loaded, which can take long, what would fail after."""
+    Sampling(options.temperature, options.top_p, options.seed).rows(1)
+    if options.max_len < 1:
+        raise PromptError(f"--max-len must be at least 1, found {options.max_len}")
+    if checkpoint.tokenizer_file is None:
+        raise TokenizerError(
+            f"{checkpoint.directory}: expected a tokenizer.model beside ckpt-0/, found none; put "
+            f"the one that came with the weights there"
+        )
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, checkpoint.config.vocab_size)
+    prompts = [tokenizer.encode(options.prompt)]
+    check_prompts(checkpoint.config, mesh, prompts, options.max_len)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    checkpoint = _open(options.checkpoint)
+    print(checkpoint_layout(checkpoint, *options.mesh))
+    if options.check:
+        sys.stdout.flush()
+        check_finite(checkpoint, progress=not options.no_progress)
+        print("every float value is finite")
+
+
+def _open(source: str) -> Checkpoint:
+    return open_checkpoint(shipped(source) or source)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

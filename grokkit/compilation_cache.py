@@ -1,0 +1,87 @@
+"""Compiled programs kept on disk, so that a model that ran once starts sooner the next time."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SWITCH = "GROKKIT_COMPILATION_CACHE"
+_OFF = {"0", "off", "false", "no"}
+_ON = {"", "1", "on", "true", "yes"}
+_MIN_COMPILE_SECONDS = 0.1  # what compiles faster is not worth a file
+_JAX_MIN_COMPILE_SECONDS = 1.0  # JAX's default
+_MAX_BYTES = 1 << 30
+
+
+def enable() -> Path | None:
+    """Let JAX keep compiled programs in the user's cache folder. `grokkit.load` calls this.
+
+    The folder is `$XDG_CACHE_HOME/grokkit`, or `~/.cache/grokkit`. The environment variable
+    `GROKKIT_COMPILATION_CACHE` names another one, or switches the cache off with `0` or `off`.
+    Programs are found again by their code, their layout over the devices and JAX's version; each
+    kind of CPU has its own folder, since programs use all the instructions it has.
+
+    **Returns:** the folder; `None` if the cache is off, JAX was given a folder of its own
+    (`JAX_COMPILATION_CACHE_DIR`), several processes run together, or the folder cannot be written.
+    """
+    switch = os.environ.get(SWITCH, "")
+    if switch.lower() in _OFF or jax.process_count() > 1:
+        return None
+    folder = _ours()
+    if folder is None or _setting("jax_compilation_cache_dir") not in (None, str(folder)):
+        return None
+    try:
+        # Whoever can write there can run code as this user.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _tidy(folder)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if _setting("jax_persistent_cache_min_compile_time_secs") == _JAX_MIN_COMPILE_SECONDS:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    return folder
+
+
+def _setting(name: str) -> Any:
+    """One of JAX's settings, from a call, the environment or its default."""
+    return getattr(jax.config, name)
+
+
+def _ours() -> Path | None:
+    """The folder for this kind of CPU."""
+    named = os.environ.get(SWITCH, "")
+    try:
+        if named.lower() not in _ON:
+            root = Path(named).expanduser().absolute()
+        else:
+            # The specification of these folders says to ignore a relative path.
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            root = (base if base.is_absolute() else Path.home() / ".cache") / "grokkit"
+    except RuntimeError:  # no home
+        return None
+    return root / f"xla-{_cpu()}"
+
+
+def _cpu() -> str:
+    """A short name for this CPU's set of instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        known = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        known = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {known}".encode()).hexdigest()[:8]
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the oldest programs beyond the limit, and files that an interruption left empty."""
+    total = 0
+    files = [(path.stat(), path) for path in folder.glob("*-cache")]
+    for stat, path in sorted(files, key=lambda item: -item[0].st_mtime):
+        total += stat.st_size
+        if total > _MAX_BYTES or stat.st_size == 0:
+            path.unlink(missing_ok=True)
