@@ -4,17 +4,15 @@ import io
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
 import reference
 import sentencepiece
-from helpers import forward
+from helpers import forward, random_model
 
 import grokkit
-from grokkit.model import Output, initialise, place
+from grokkit.model import Output
 from grokkit.tokenizer import Tokenizer
 
 matplotlib.use("Agg")
@@ -141,5 +139,5 @@ def tiny_config(tiny_tokenizer_file) -> grokkit.GrokConfig:
 def tiny_lm(tiny_config, tiny_tokenizer_file) -> grokkit.LanguageModel:
     """A random model that reads and writes text, on eight devices."""
     mesh = grokkit.make_mesh(1, 8)
-    model = place(initialise(tiny_config, jax.random.key(0), jnp.float32), mesh)
+    model = random_model(tiny_config, 0, mesh)
     return grokkit.LanguageModel(model, mesh, Tokenizer.from_file(tiny_tokenizer_file), "tiny")

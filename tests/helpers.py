@@ -4,11 +4,14 @@ reference takes them, and a compiled forward pass."""
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import reference
 
-from grokkit.model import Grok, Output
+from grokkit.config import GrokConfig
+from grokkit.model import Grok, Output, param_specs, place
 from grokkit.quant import QuantizedArray
+from grokkit.sharding import ParamSpec
 from grokkit.taps import Capture
 
 NAMES = {
@@ -60,6 +63,32 @@ def reference_weights(model: Grok) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnames=("captures",))
 def _forward(model, tokens, cache, lengths, captures):
     return model(tokens, cache=cache, lengths=lengths, captures=captures)
+
+
+def random_model(config: GrokConfig, seed: int, mesh=None) -> Grok:
+    """A float32 model with random weights, on one device or laid out over `mesh`.
+
+    Every scale and every norm is random too, so that none can be left out unnoticed.
+    """
+    random = np.random.default_rng(seed)
+
+    def leaf(spec):
+        if isinstance(spec, QuantizedArray):
+            weight, scales = spec.weight, spec.scales
+            size = random.uniform(0.5, 1.5, scales.shape) * weight.init_scale / 73
+            return QuantizedArray(
+                jnp.asarray(random.integers(-127, 128, weight.shape), jnp.int8),
+                jnp.asarray(size, jnp.bfloat16),
+            )
+        if spec.init_scale is None:
+            return jnp.asarray(random.normal(1, 0.3, spec.shape), spec.dtype)
+        return jnp.asarray(random.normal(0, spec.init_scale, spec.shape), spec.dtype)
+
+    def is_leaf(x):
+        return isinstance(x, ParamSpec | QuantizedArray)
+
+    model = jax.tree.map(leaf, param_specs(config, jnp.float32), is_leaf=is_leaf)
+    return model if mesh is None else place(model, mesh)
 
 
 def forward(model: Grok, mesh, tokens, captures=(), cache=None, lengths=None) -> Output:

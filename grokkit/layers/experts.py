@@ -13,15 +13,16 @@ from jaxtyping import Array, Float, Int
 
 from grokkit.quant import QuantizedArray, index, matmul
 
-_Matrices = QuantizedArray | Float[Array, "expert k n"]
+_Into = QuantizedArray | Float[Array, "expert d_model d_ff"]
+_Back = QuantizedArray | Float[Array, "expert d_ff d_model"]
 
 
 def expert_outputs(
     x: Float[Array, "row d_model"],
     chosen: Int[Array, "row choice"],
-    gate: _Matrices,
-    value: _Matrices,
-    out: _Matrices,
+    gate: _Into,
+    value: _Into,
+    out: _Back,
     dtype: Any,
 ) -> Float[Array, "row choice d_model"]:
     """`out(gelu_tanh(gate(x)) * value(x))` of each row's chosen experts.
