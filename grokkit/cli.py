@@ -16,6 +16,7 @@ from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerErro
 from grokkit.generate import Sampling, check_prompts
 from grokkit.inspect_checkpoint import checkpoint_layout
 from grokkit.language_model import default_mesh
+from grokkit.model import check_mesh
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
 
@@ -222,6 +223,7 @@ def _check_request(
     options: argparse.Namespace, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
 ) -> None:
     """Refuse before the weights are loaded, which can take long, what would fail after."""
+    check_mesh(checkpoint.config, mesh)
     Sampling(options.temperature, options.top_p, options.seed).rows(1)
     if options.max_len < 1:
         raise PromptError(f"--max-len must be at least 1, found {options.max_len}")

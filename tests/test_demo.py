@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -7,42 +9,46 @@ from grokkit import demo
 from grokkit.checkpoint import save_params
 from grokkit.model import initialise
 
-CONFIG = grokkit.GrokConfig(
-    vocab_size=320, d_model=32, n_layers=2, n_heads=16, n_kv_heads=8, d_head=4, d_ff=64,
-    context_length=128,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_tokenizer_file):
+def checkpoint(tmp_path_factory, tiny_config, tiny_tokenizer_file):
+    """A random model that reads and writes text."""
     directory = tmp_path_factory.mktemp("demo") / "random"
-    model = initialise(CONFIG, jax.random.key(0))
-    save_params(model, CONFIG, directory, tiny_tokenizer_file, progress=False)
+    model = initialise(tiny_config, jax.random.key(0))
+    save_params(model, tiny_config, directory, tiny_tokenizer_file, progress=False)
     return directory
 
 
 def test_demo_shows_layout_text_and_experts(checkpoint, capsys):
     prompt = "The answer"
-    demo.main([str(checkpoint), "--prompt", prompt, "--max-len", "6", "--seed", "3"])
+    arguments = [str(checkpoint), "--prompt", prompt, "--max-len", "6", "--seed", "3"]
+    assert demo.main(arguments) == 0
     printed = capsys.readouterr().out
 
     lm = grokkit.load(checkpoint, progress=False)
-    assert "32 x 64 in int8: each of 8 devices holds the columns of 2 of its 16 heads" in printed
+    assert "32 x 32 in int8: each of 8 devices holds the columns of 1 of its 8 heads" in printed
     assert all(f"CPU {device}" in printed for device in range(8))
-    text = "".join(map(str, lm.stream(prompt, max_len=6, temperature=0.7, top_p=0.95, seed=3)))
-    assert f"\n{prompt}{text}\n" in printed
+    new = list(lm.stream(prompt, max_len=6, temperature=0.7, top_p=0.95, seed=3))
+    assert f"\n{prompt}{''.join(map(str, new))}\n" in printed
 
-    ids = lm.to_tokens(prompt)
+    ids = lm.tokenizer.encode(prompt) + [token.id for token in new]
     _, cache = lm.run_with_cache(ids, "router_probs")
-    ranked = np.argsort(
-        -np.asarray(cache["router_probs"])[:, 0], axis=-1
-    )  # [layer, position, expert]
-    table = printed.split("layer 1\n")[1].splitlines()
-    for position, line in enumerate(table[: ids.shape[1]]):
-        assert line.split()[-2:] == [f"{a}+{b}" for a, b in ranked[:, position, :2]]
-    assert len(table) == ids.shape[1] + len(lm.tokenizer.encode(prompt + text)[ids.shape[1] :])
+    probs = np.asarray(cache["router_probs"])[:, 0]  # [layer, position, expert]
+    best = np.argsort(-probs, axis=-1)[..., :2]
+    rows = printed.split("layer 1\n")[1].splitlines()
+    expected = [[f"{a}+{b}" for a, b in best[:, i]] for i in range(len(ids))]
+    assert [row.split()[-2:] for row in rows] == expected
+
+    # On a terminal the same, with a colour for each expert.
+    demo.show_experts(lm, ids, colour=True)
+    coloured = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert printed.endswith(re.sub("\x1b\\[[0-9]+m", "", coloured))
+    colours = set(re.findall("\x1b\\[([0-9]+)m([0-9])\x1b\\[0m", coloured))
+    assert {expert for _, expert in colours} == set(map(str, best.flat))
+    assert len(colours) == len({colour for colour, _ in colours})
 
 
-def test_demo_refuses_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(grokkit.GrokkitError):
-        demo.main([str(tmp_path)])
+def test_demo_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    assert demo.main([str(tmp_path)]) == 2
+    assert "expected: a checkpoint directory" in capsys.readouterr().err
