@@ -1,0 +1,1 @@
+"""Analyses: functions of captured arrays, and sweeps of edits that measure cause."""
