@@ -28,7 +28,7 @@ _HOOKS = {
 class Activation:
     """One capture's result, and what its axes are."""
 
-    value: PyTree[Array]
+    value: PyTree[Array | np.ndarray]
     site: str
     axes: tuple[str, ...] | None
     """Names of the axes; `None` after a reduction, whose axes only its author knows."""
@@ -45,7 +45,7 @@ class Activation:
         return dataclasses.replace(self, value=jax.tree.map(f, self.value), **changes)
 
 
-def activation(capture: Capture, value: PyTree[Array], n_layers: int) -> Activation:
+def activation(capture: Capture, value: PyTree[Array | np.ndarray], n_layers: int) -> Activation:
     """Name the axes of what a resolved capture kept."""
     found = SITES[capture.site]
     layers = None
@@ -223,7 +223,7 @@ class ActivationCache:
         )
 
 
-def _shapes(value: PyTree[Array]) -> str:
+def _shapes(value: PyTree[Array | np.ndarray]) -> str:
     return ", ".join(" x ".join(map(str, a.shape)) or "scalar" for a in jax.tree.leaves(value))
 
 

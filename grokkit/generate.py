@@ -31,9 +31,9 @@ N_ALTERNATIVES = 8
 class Sampling:
     """How the next token is drawn; one value for all sequences, or one for each."""
 
-    temperature: float | Sequence[float] = 1.0
+    temperature: float | int | Sequence[float] = 1.0
     """The logits are divided by it; 0 takes the most probable token."""
-    top_p: float | Sequence[float] = 1.0
+    top_p: float | int | Sequence[float] = 1.0
     """Draw from the fewest most probable tokens that together reach this probability (nucleus
     sampling, Holtzman et al., arXiv 1904.09751)."""
     seed: int | Sequence[int] = 0

@@ -226,8 +226,8 @@ class LanguageModel:
         self,
         prompt: Text,
         max_len: int = 100,
-        temperature: float | Sequence[float] = 1.0,
-        top_p: float | Sequence[float] = 1.0,
+        temperature: float | int | Sequence[float] = 1.0,
+        top_p: float | int | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
     ) -> str | list[str]:
@@ -256,8 +256,8 @@ class LanguageModel:
         prompt: Text,
         captures: Captures = None,
         max_len: int = 100,
-        temperature: float | Sequence[float] = 1.0,
-        top_p: float | Sequence[float] = 1.0,
+        temperature: float | int | Sequence[float] = 1.0,
+        top_p: float | int | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
     ) -> tuple[list[str], ActivationCache]:
@@ -321,8 +321,8 @@ class LanguageModel:
         self,
         prompt: str,
         max_len: int = 100,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        temperature: float | int = 1.0,
+        top_p: float | int = 1.0,
         seed: int = 0,
         edits: Sequence[Edit] = (),
     ) -> Iterator[StreamedToken]:

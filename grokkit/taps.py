@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from grokkit.errors import SiteError
@@ -81,9 +82,6 @@ def site(name: str) -> Site:
     return SITES[name]
 
 
-Positions = int | tuple[int, ...] | slice
-
-
 @dataclasses.dataclass(frozen=True)
 class Capture:
     """What to keep of one site.
@@ -94,9 +92,9 @@ class Capture:
 
     site: str
     """Name of the site; see `SITES`."""
-    layers: tuple[int, ...] | None = None
+    layers: int | np.integer | Sequence[int] | np.ndarray | None = None
     """Which layers, negative ones from the last; all by default."""
-    positions: Positions | None = None
+    positions: int | np.integer | Sequence[int] | np.ndarray | slice | None = None
     """Which positions (queries, for attention); an int drops the axis, as in numpy."""
     reduce: Callable[[Array], Any] | None = None
     """Applied to one layer's selected activation before it is kept; may return any pytree."""
@@ -105,20 +103,22 @@ class Capture:
 
     def __post_init__(self) -> None:
         found = site(self.site)
-        for field in ("layers", "positions"):
-            value = getattr(self, field)
-            if isinstance(value, Sequence | range) or hasattr(value, "tolist"):
-                items = value.tolist() if hasattr(value, "tolist") else list(value)
-                items = items if isinstance(items, list) else [items]
-                if not items:
-                    raise SiteError(f"capture of {self.site!r}: {field} is empty, so it would "
-                                    f"match nothing; leave it out to keep all")  # fmt: skip
-                object.__setattr__(self, field, tuple(int(i) for i in items))
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
+        layers = (self.layers,) if isinstance(self.layers, int | np.integer) else self.layers
+        object.__setattr__(self, "layers", _as_tuple(layers, self.site, "layers"))
+        if isinstance(self.positions, np.integer):
+            object.__setattr__(self, "positions", int(self.positions))
+        elif not isinstance(self.positions, int | slice):
+            positions = _as_tuple(self.positions, self.site, "positions")
+            object.__setattr__(self, "positions", positions)
         if self.layers is not None and not found.in_layer:
             raise SiteError(f"capture of {self.site!r}: this site is not in a layer, so `layers` "
                             f"does not apply")  # fmt: skip
+
+    def __hash__(self) -> int:
+        positions = self.positions
+        if isinstance(positions, slice):  # which Python 3.11 cannot hash
+            positions = (positions.start, positions.stop, positions.step)
+        return hash((self.site, self.layers, positions, self.reduce, self.name))
 
     @property
     def key(self) -> str:
@@ -130,6 +130,9 @@ class Capture:
         layers = self.layers
         if layers is not None:
             layers = tuple(_from_zero(i, n_layers, self.site, "layer") for i in layers)
+            if len(set(layers)) < len(layers):
+                raise SiteError(f"capture of {self.site!r}: a layer is named twice in layers "
+                                f"{self.layers}")  # fmt: skip
         positions = self.positions
         if isinstance(positions, int):
             positions = _from_zero(positions, n_positions, self.site, "position")
@@ -153,9 +156,19 @@ class Capture:
             elif isinstance(chosen, int):
                 value = jax.lax.index_in_dim(value, chosen, axis, keepdims=False)
             else:
-                start, stop, step = chosen.indices(value.shape[axis])
-                value = value[(slice(None),) * axis + (slice(start, stop, step),)]
+                value = value[(slice(None),) * axis + (chosen,)]
         return value if self.reduce is None else self.reduce(value)
+
+
+def _as_tuple(indices: Any, where: str, what: str) -> tuple[int, ...] | None:
+    """Indices in a hashable form."""
+    if indices is None:
+        return None
+    found = tuple(int(i) for i in indices)
+    if not found:
+        raise SiteError(f"capture of {where!r}: {what} is empty, so it would match nothing; leave "
+                        f"it out to keep all")  # fmt: skip
+    return found
 
 
 def _from_zero(i: int, size: int, where: str, what: str) -> int:

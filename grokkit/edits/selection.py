@@ -38,13 +38,15 @@ class Where(eqx.Module):
         n_rows = len(lengths)
 
         def mask(name: str, selector: Selector, size: int) -> Any:
-            return None if selector is None else _mask(selector, size, n_rows, f"{what}: {name}")
+            if selector is None:
+                return None
+            return jnp.asarray(_mask(selector, size, n_rows, f"{what}: {name}"))
 
         return Where(
             layers=mask("layers", self.layers, config.n_layers),
             positions=None
             if self.positions is None
-            else _position_mask(self.positions, lengths, config.context_length, what),
+            else jnp.asarray(_position_mask(self.positions, lengths, config.context_length, what)),
             heads=mask("heads", self.heads, config.n_heads),
             experts=mask("experts", self.experts, config.n_experts),
             rows=mask("rows", self.rows, n_rows),
@@ -131,7 +133,7 @@ def _position_mask(selector: Selector, lengths: np.ndarray, context: int, what: 
             from_end = [i + length if i is not None and i < 0 else i for i in (start, stop)]
             row[slice(*from_end, step)] = True
         else:
-            row |= _mask([i % length if -length <= i < 0 else i for i in np.atleast_1d(array)],
+            row |= _mask([i % length if -length <= i < 0 else i for i in np.atleast_1d(array).tolist()],
                          context, 1, what)  # fmt: skip
     if not out.any():
         raise SiteError(f"{what}: the selection is empty, so the edit would do nothing")

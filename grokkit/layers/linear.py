@@ -19,7 +19,7 @@ def column_parallel(
     cut = jax.tree.map(lambda _: P(None, "model"), w)
     return jax.shard_map(
         lambda x, w: matmul(x, w, dtype), in_specs=(_ROWS, cut), out_specs=_CUT_ROWS
-    )(x, w)
+    )(jax.reshard(x, _ROWS), w)
 
 
 def row_parallel(
@@ -34,4 +34,4 @@ def row_parallel(
         lambda x, w: jax.lax.psum(matmul(x, w, dtype), "model"),
         in_specs=(_CUT_ROWS, cut),
         out_specs=_ROWS,
-    )(x, w)
+    )(jax.reshard(x, _CUT_ROWS), w)
