@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+SHIPPED = Path(__file__).parent.parent / "weights" / "nano"
+
 # glibc gives large freed blocks back to the system at once, and a training step then spends half
 # of its time on page faults. These must stand before the process starts.
 _ALLOCATOR = {
@@ -49,6 +51,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from before the decay of the learning rate, to train an ended run for longer",
     )
+    for name, help in [
+        ("export", "quantise the run's latest state into the shipped checkpoint"),
+        ("evaluate", "measure a checkpoint, print a table and write card.json beside it"),
+    ]:
+        sub = command(name, help)
+        sub.add_argument(
+            "--model", type=Path, default=SHIPPED, help="checkpoint directory (the shipped one)"
+        )
     return main
 
 
@@ -62,9 +72,34 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(options.run)
     elif options.command == "train":
         _train(options)
+    elif options.command == "export":
+        from grokkit.zoo.nano.export import export
+        from grokkit.zoo.nano.recipe import Recipe
+
+        step = export(Recipe(), options.run, options.model)
+        print(f"step {step} is now {options.model}; measure it with `evaluate`")
+    else:
+        _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import grokkit
+    from grokkit.zoo.nano import evaluate
+    from grokkit.zoo.nano.data import load_corpus
+    from grokkit.zoo.nano.recipe import Recipe
+
+    corpus, recipe = load_corpus(options.run), Recipe()
+    lm = grokkit.load(options.model, mesh=grokkit.make_mesh(1, 1), dtype="float32")
+    card = evaluate.evaluate(lm, corpus, options.run)
+    step = card["quantisation"]["step"]
+    card["training"] = evaluate.training_figures(options.run, lm.config, recipe.batch, step)
+    card["weights_sha256"] = evaluate.weights_digest(options.model)
+    print(evaluate.table(card))
+    evaluate.write_card(card, options.model)
 
 
 def _train(options: argparse.Namespace) -> None:
+    import signal
     import time
 
     from grokkit.zoo.nano.data import load_corpus
@@ -72,6 +107,8 @@ def _train(options: argparse.Namespace) -> None:
     from grokkit.zoo.nano.recipe import Recipe
     from grokkit.zoo.nano.train import LATEST, STABLE, Schedule, load_state, train
 
+    # A run in the background is stopped with SIGTERM; it keeps its state as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     recipe, corpus = Recipe(), load_corpus(options.run)
     deadline = options.until
     if options.hours is not None:

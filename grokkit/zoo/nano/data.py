@@ -9,7 +9,7 @@ import numpy as np
 
 from grokkit.errors import GrokkitError
 from grokkit.zoo.nano import domains as domains_module
-from grokkit.zoo.nano.tokenizer import train_tokenizer, write_tokenizer
+from grokkit.zoo.nano.tokenizer import VOCAB_SIZE, train_tokenizer, write_tokenizer
 
 EOS = 2
 TOKENIZER_FILE = "tokenizer.model"
@@ -41,20 +41,26 @@ def encode_documents(processor, documents: list[str]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def prepare(run: Path, splits: dict[str, domains_module.Split] | None = None, seed: int = 0) -> None:
+def prepare(
+    run: Path,
+    splits: dict[str, domains_module.Split] | None = None,
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+) -> None:
     """Read the domains, train the tokenizer and write both into a run's folder.
 
     Args:
         run: the folder of the run; Debian packages are kept in `run/downloads`.
         splits: the domains' documents; read from their packages when None.
         seed: seed of the split and of the tokenizer's sample.
+        vocab_size: pieces of the tokenizer.
     """
     import sentencepiece
 
     run.mkdir(parents=True, exist_ok=True)
     if splits is None:
         splits = domains_module.read_all(run / "downloads", seed)
-    model = train_tokenizer({n: list(s.train.values()) for n, s in splits.items()}, seed)
+    model = train_tokenizer({n: list(s.train.values()) for n, s in splits.items()}, seed, vocab_size)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     arrays, texts = {}, {}
     for name, split in splits.items():

@@ -1,28 +1,9 @@
-"""The numbers of nano's recipe: its config, its mixture and its optimiser's settings."""
+"""The numbers of nano's recipe: its mixture and its optimiser's settings."""
 
-import math
 from dataclasses import dataclass, field
 
-from grokkit.config import GrokConfig
-from grokkit.zoo.nano.tokenizer import VOCAB_SIZE
+from grokkit.config import NANO, GrokConfig
 from grokkit.zoo.nano.windows import COPIES, SUMS
-
-
-def nano_config() -> GrokConfig:
-    """nano's sizes. A width of 192 calls for multipliers of its own."""
-    return GrokConfig(
-        vocab_size=VOCAB_SIZE,
-        d_model=192,
-        n_layers=6,
-        n_heads=16,
-        n_kv_heads=8,
-        d_head=24,
-        d_ff=256,
-        context_length=256,
-        embedding_multiplier=math.sqrt(192),
-        output_multiplier=1 / math.sqrt(3),
-        attention_multiplier=1 / math.sqrt(24),
-    )
 
 
 def nano_mixture() -> dict[str, float]:
@@ -57,7 +38,7 @@ class Recipe:
         seed: seed of the parameters and of the batches.
     """
 
-    config: GrokConfig = field(default_factory=nano_config)
+    config: GrokConfig = NANO
     mixture: dict[str, float] = field(default_factory=nano_mixture)
     batch: int = 24
     optimizer: str = "muon"

@@ -21,12 +21,18 @@ def _passages(documents: Iterable[str], length: int) -> Iterator[str]:
             yield text[start : start + length]
 
 
-def train_tokenizer(domains: dict[str, list[str]], seed: int, characters: int = 1_500_000) -> bytes:
+def train_tokenizer(
+    domains: dict[str, list[str]],
+    seed: int,
+    vocab_size: int = VOCAB_SIZE,
+    characters: int = 1_500_000,
+) -> bytes:
     """Train a byte-pair encoding on equal shares of every domain.
 
     Args:
         domains: domain name to training documents.
         seed: seed of the choice of passages.
+        vocab_size: number of pieces.
         characters: how much text to take of each domain.
 
     Returns:
@@ -50,7 +56,7 @@ def train_tokenizer(domains: dict[str, list[str]], seed: int, characters: int = 
         sentence_iterator=iter(passages),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece="[PAD]", bos_piece="[BOS]", eos_piece="[EOS]", unk_piece="[UNK]",
         unk_surface="[UNK]",

@@ -179,7 +179,7 @@ def train(
     *,
     start: State | None = None,
     save_every: float = 180.0,
-    report_every: int = 200,
+    report_every: int = 100,
     probe: Callable[[Any], dict[str, Any]] | None = None,
 ) -> State:
     """Train until the schedule ends, or until interrupted; either way the state is kept.

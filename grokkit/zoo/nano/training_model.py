@@ -19,6 +19,10 @@ from grokkit.config import GrokConfig
 
 Params = dict[str, Any]
 
+# Both of these are for induction: without them no head learns to look at the token before.
+COMMON_PART = 0.5  # the part all embeddings share at the start, over the size of the rest
+LOOK_BACK_SCORE = 20.0  # the score one token back of the head that starts off looking there
+
 QUERY_BLOCK = 64  # queries that share one span of keys; a block skips the keys after its last query
 LOSS_CHUNK = 1024  # tokens whose logits exist at the same time
 
@@ -60,8 +64,33 @@ def init_params(config: GrokConfig, key: PRNGKeyArray) -> Params:
                             ("moe_norm", 1.0), ("moe_out_norm", 0.3)]:  # fmt: skip
             layer[name] = jnp.full((d,), start)
         layers.append(layer)
+    _look_back(layers[0], config)
     embedding = jax.random.normal(jax.random.split(key)[0], (config.vocab_size, d)) / math.sqrt(d)
+    # A direction that all tokens share stands in for the biases that queries and keys do not
+    # have: without one, "look at the token before" cannot be said. It moves all logits alike.
+    embedding = embedding + COMMON_PART / math.sqrt(d)
     return {"embedding": embedding, "final_norm": jnp.ones((d,)), "layers": layers}
+
+
+def _look_back(layer: Params, config: GrokConfig) -> None:
+    """Start the first key/value head of a layer, and its queries, off looking one token back.
+
+    Queries and keys read only the part that all embeddings share, so the score depends on the
+    distance alone: a sum of cos(frequency * (distance - 1)) over the fastest three frequencies,
+    which has no second peak within a few hundred tokens.
+    """
+    half = config.d_head // 2
+    fastest = np.arange(half) < 3
+    frequency = config.rope_base ** (-np.arange(half) / half)
+    key = np.concatenate([1.0 * fastest, 0.0 * fastest])
+    query = np.concatenate([np.cos(frequency) * fastest, -np.sin(frequency) * fastest])
+    # What a normalised embedding's shared part adds up to over d_model entries.
+    shared = config.d_model * COMMON_PART / math.sqrt(1 + COMMON_PART**2)
+    size = math.sqrt(LOOK_BACK_SCORE / config.attention_multiplier / fastest.sum()) / shared
+    groups = config.n_heads // config.n_kv_heads
+    for name, vector in (("query", np.tile(query, groups)), ("key", key)):
+        columns = jnp.asarray(np.tile(size * vector, (config.d_model, 1)), jnp.float32)
+        layer[name] = layer[name].at[:, : len(vector)].set(columns)
 
 
 def rms_norm(x: Float[Array, "*n d"], scale: Float[Array, "d"], eps: float) -> Float[Array, "*n d"]:
