@@ -18,9 +18,8 @@ help:
 	@echo "make bench      run the benchmarks"
 	@echo "make clean      remove what was built and downloaded: $(VENV) too"
 
-# What was compiled is kept, so that a second demo writes its first token sooner.
 demo: $(VENV)/.installed
-	@JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache $(BIN)/python -m grokkit.demo
+	@$(BIN)/python -m grokkit.demo
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -45,7 +44,7 @@ bench: $(VENV)/.installed-dev
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/reference docs/notebooks build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --without-pip, since Debian's python3 has pip without ensurepip; pip then installs from outside.
