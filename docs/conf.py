@@ -33,7 +33,6 @@ myst_heading_anchors = 3
 # The notebooks hold the outputs that nbval checks in the tests: show those. Sphinx reads only what
 # lies below this folder.
 nb_execution_mode = "off"
-suppress_warnings = ["toc.empty_glob"]  # docs build without the notebooks too
 if (HERE.parent / "notebooks").is_dir():
     shutil.rmtree(HERE / "notebooks", ignore_errors=True)
     shutil.copytree(
