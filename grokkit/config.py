@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,17 @@ class GrokConfig:
             value = getattr(self, field.name)
             if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ConfigError(f"{field.name} must be an integer, found {value!r}")
+            if field.type is float and not math.isfinite(value):
+                raise ConfigError(f"{field.name} must be a finite number, found {value!r}")
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff",
                      "n_experts", "n_experts_per_token", "context_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("attention_softcap", "rope_base"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.norm_eps < 0:
+            raise ConfigError(f"norm_eps must not be negative, found {self.norm_eps}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"n_kv_heads must divide n_heads, found {self.n_kv_heads} and {self.n_heads}"
@@ -96,12 +104,12 @@ class GrokConfig:
         return self.n_layers * layer + self.d_model * (self.vocab_size + 1)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> "GrokConfig":
+    def from_dict(cls, values: Any, source: str = "config") -> "GrokConfig":
         """Read the official constructor arguments, as `config.json` holds them.
 
         **Arguments:**
 
-        - `values`: the arguments of the original `LanguageModelConfig`, with those of its
+        - `values`: a dict of the arguments of the original `LanguageModelConfig`, with those of its
             `TransformerConfig` under `"model"`. grokkit's own fields (`attention_softcap`,
             `rope_base`, `norm_eps`) may stand beside the latter.
         - `source`: what to call the configuration in error messages.
@@ -112,31 +120,33 @@ class GrokConfig:
             raise ConfigError(f'{source}: expected an object with a "model" object inside')
         outer = {k: v for k, v in values.items() if k != "model"}
         inner = dict(values["model"])
-        widening = _take(inner, "widening_factor", source)
-        fields: dict[str, Any] = {
-            "d_ff": ffn_size(_take(inner, "emb_size", source, False), widening)
-        }
+        widening = _take(inner, "widening_factor", float, source)
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        fields: dict[str, Any] = {}
         for theirs, ours in _OUTER.items():
-            fields[ours] = _take(outer, theirs, source)
+            fields[ours] = _take(outer, theirs, kinds[ours], source)
         for theirs, ours in _INNER.items():
-            fields[ours] = _take(inner, theirs, source)
+            fields[ours] = _take(inner, theirs, kinds[ours], source)
         for name in _OWN:
             if name in inner:
-                fields[name] = inner.pop(name)
+                fields[name] = _take(inner, name, float, source)
         unknown = sorted((set(outer) | set(inner)) - _IGNORED)
         if unknown:
             raise ConfigError(
                 f"{source}: unknown entries {', '.join(unknown)}; expected "
                 f"{', '.join([*_OUTER, 'model', 'widening_factor', *_INNER, *_OWN])}"
             )
-        return cls(**fields)
+        try:
+            return cls(d_ff=ffn_size(fields["d_model"], widening), **fields)
+        except ConfigError as e:
+            raise ConfigError(f"{source}: {e}") from None
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "GrokConfig":
         """Read a checkpoint's `config.json`; see `from_dict`."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(f"{path}: not a readable JSON file ({e})") from e
         return cls.from_dict(values, source=str(path))
 
@@ -190,15 +200,19 @@ _OWN = ("attention_softcap", "rope_base", "norm_eps")
 _IGNORED = {"embedding_init_scale", "shard_activations", "data_axis", "model_axis", "name"}
 
 
-def _take(values: dict[str, Any], key: str, source: str, remove: bool = True) -> Any:
+def _take(values: dict[str, Any], key: str, kind: Any, source: str) -> Any:
+    """Remove an entry and give it as an int or a float."""
     if key not in values:
         raise ConfigError(f"{source}: {key!r} is missing")
-    value = values[key]
+    value = values.pop(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{source}: {key!r} must be a number, found {value!r}")
-    if remove:
-        del values[key]
-    return value
+    if kind is int and not isinstance(value, int):
+        raise ConfigError(f"{source}: {key!r} must be an integer, found {value!r}")
+    # Far above any size, and low enough that a product of two stays finite.
+    if not abs(value) < 1e100:
+        raise ConfigError(f"{source}: {key!r} must be a finite number, found {value!r}")
+    return kind(value)
 
 
 def ffn_size(emb_size: int, widening_factor: float) -> int:

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grokkit
+from grokkit.kv_cache import KVCache, mark_visible, write
+from grokkit.sharding import partition_spec
+
+CONFIG = grokkit.GrokConfig(
+    vocab_size=16, d_model=16, n_layers=3, n_heads=4, n_kv_heads=4, d_head=2, d_ff=16
+)
+KEYS = ("batch", "position", "kv_head", "d_head")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return grokkit.make_mesh(2, 4)
+
+
+def test_empty_cache_shows_no_key_and_is_laid_out_over_the_mesh(mesh):
+    cache = KVCache.empty(CONFIG, 4, 10, jnp.dtype(jnp.bfloat16), mesh)
+    assert cache.capacity == 10
+    assert cache.keys.shape == cache.values.shape == (3, 4, 10, 4, 2)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 10, 1, 2)
+    assert not np.asarray(cache.visible).any() and cache.visible.shape == (4, 10)
+    assert cache.length.tolist() == [0] * 4
+
+
+def test_each_row_is_written_at_its_own_place_and_nowhere_else(mesh):
+    random = np.random.default_rng(0)
+    before = random.normal(size=(3, 4, 10, 4, 2)).astype(np.float32)
+    new = random.normal(size=(4, 3, 4, 2)).astype(np.float32)
+    start = np.array([0, 7, 2, 5], np.int32)
+    expected = before.copy()
+    for row in range(4):
+        expected[1, row, start[row] : start[row] + 3] = new[row]
+    on = {axes: jax.NamedSharding(mesh, partition_spec(axes)) for axes in [KEYS, ("layer", *KEYS)]}
+    with jax.set_mesh(mesh):
+        found = write(
+            jax.device_put(before, on["layer", *KEYS]),
+            jax.device_put(new, on[KEYS]),
+            1,
+            jax.device_put(start, jax.NamedSharding(mesh, partition_spec(["batch"]))),
+        )
+    np.testing.assert_array_equal(found, expected)
+    assert found.sharding.spec == partition_spec(("layer", *KEYS))
+
+
+def test_what_is_written_is_rounded_to_the_caches_dtype(mesh):
+    new = np.full((2, 1, 4, 2), 1.001, np.float32)
+    cache = KVCache.empty(CONFIG, 2, 4, jnp.dtype(jnp.bfloat16), mesh)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(new, jax.NamedSharding(mesh, partition_spec(KEYS)))
+        found = write(cache.keys, rows, 0, cache.length)
+    assert found.dtype == jnp.bfloat16
+    assert (np.asarray(found, np.float32)[0, :, 0] == 1.0).all()
+
+
+def test_visibility_of_new_tokens_replaces_that_of_their_slots(mesh):
+    visible = np.zeros((2, 6), bool)
+    visible[:, :3] = True
+    new = np.array([[True, False], [False, True]])
+    start = np.array([2, 4], np.int32)
+    with jax.set_mesh(mesh):
+        on = jax.NamedSharding(mesh, partition_spec(("batch", "position")))
+        found = mark_visible(
+            jax.device_put(visible, on),
+            jax.device_put(new, on),
+            jax.device_put(start, jax.NamedSharding(mesh, partition_spec(["batch"]))),
+        )
+    expected = [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1]]
+    np.testing.assert_array_equal(found, np.array(expected, bool))
