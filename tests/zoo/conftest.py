@@ -19,9 +19,15 @@ def invented_documents(seed: int, count: int = 24) -> dict[str, str]:
     words = ["".join(rng.choices(letters, k=rng.randint(2, 8))) for _ in range(150)]
     lines = [[rng.choice(words) for _ in range(12)] for _ in range(count * 20)]
     return {
-        f"document {i}": "\n".join(" ".join(line) for line in lines[20 * i : 20 * i + 20]) + "\n"
+        f"document {i}": "\n".join(" ".join(line) for line in lines[20 * i : 20 * i + 20])
+        + "\n1 + 1 = 2\n"
         for i in range(count)
     }
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return invented_documents(3)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +69,7 @@ def recipe(config):
     return Recipe(
         config=config,
         mixture={"red": 0.3, "blue": 0.3, "sums": 0.2, "copies": 0.2},
+        decay_mixture={"red": 0.4, "blue": 0.4, "sums": 0.1, "copies": 0.1},
         batch=4,
         warmup=2,
         capacity_factor=2.0,

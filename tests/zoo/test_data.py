@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import VOCAB, invented_documents
 
 from grokkit.errors import GrokkitError
 from grokkit.zoo.nano import data, domains
@@ -16,8 +15,10 @@ from grokkit.zoo.nano.windows import (
 )
 
 
-def test_split_is_by_document_and_repeatable():
-    documents = invented_documents(3)
+VOCAB = 512
+
+
+def test_split_is_by_document_and_repeatable(documents):
     first, again = domains.split(documents, seed=5), domains.split(documents, seed=5)
     assert first == again
     assert first.train.keys().isdisjoint(first.held_out)
@@ -131,20 +132,35 @@ def test_sums_are_right_and_of_training_pairs(corpus):
     assert weights[:3].tolist() == pytest.approx([UNPREDICTABLE_WEIGHT] * 2 + [1.0])
 
 
-def test_copies_repeat_and_weigh_the_repeats(corpus):
+def test_copies_fill_windows(corpus):
     sampler = WindowSampler(corpus, 64, 0)
-    repeated = 0
-    for seed in range(60):
+    distinct = []
+    for seed in range(40):
         tokens, weights = sampler.window(np.random.default_rng(seed), "copies")
         assert tokens.shape == (65,) and weights.shape == (64,)
-        assert set(np.round(weights, 3)) <= {np.float32(0.1), np.float32(1.0)}
-        if weights.min() < 1 and weights.max() == 1:
-            # A prediction of full weight after random tokens has been seen before, in place.
-            full = np.flatnonzero(weights == 1)
-            seen = [tokens[i + 1] in tokens[: i + 1] for i in full]
-            assert all(seen)
-            repeated += 1
-    assert repeated >= 5
+        assert tokens.min() > 0 and tokens.max() < VOCAB
+        assert set(weights) <= {np.float32(UNPREDICTABLE_WEIGHT), np.float32(1)}
+        distinct.append(len(set(tokens.tolist())))
+    assert min(distinct) < 15 and max(distinct) > 45  # short phrases and long random ones
+
+
+def test_copies_weigh_the_repeats(corpus):
+    sampler = WindowSampler(corpus, 64, 0)
+    segment, alphabet = np.arange(400, 409), np.array([350])
+    rng = np.random.default_rng(0)
+    tokens, weights = sampler._repeat(rng, segment, alphabet, gaps=False, predictable=False)
+    np.testing.assert_array_equal(tokens, np.tile(segment, 8)[:65])
+    assert (weights[:8] < 1).all() and (weights[8:] == 1).all()
+    _, weights = sampler._repeat(rng, segment, alphabet, gaps=False, predictable=True)
+    assert (weights == 1).all()
+
+    tokens, weights = sampler._repeat(rng, segment, alphabet, gaps=True, predictable=False)
+    assert 350 in tokens[20:]
+    starts = np.flatnonzero(tokens == 400)
+    assert len(set(np.diff(starts))) > 1  # no fixed distance
+    # weights[i] is that of token i + 1: full inside a segment that has been seen.
+    seen = (tokens[1:] > 400) & (np.arange(1, 65) > starts[1])
+    np.testing.assert_array_equal(weights == 1, seen)
 
 
 def test_repeated_sequences():

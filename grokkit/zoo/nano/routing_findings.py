@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="nano", help="shipped model or checkpoint directory")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables on this page")
     parser.add_argument("--passages", type=int, default=16, help="passages of each domain")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each passage")
+    parser.add_argument("--length", type=int, default=80, help="tokens of each passage")
     parser.add_argument("--samples", type=int, default=199, help="resamples a number")
     parser.add_argument("--tokens", type=int, default=4, help="tokens a passage with forced pairs")
     options = parser.parse_args(arguments)

@@ -229,7 +229,7 @@ def structure_table(data: Data) -> str:
     upper = np.triu_indices(data.n_experts, 1)
     pairs = []
     for layer, count in enumerate(counts):
-        ratio = (count / routing.expected_pair_counts(count))[upper]
+        ratio = count[upper] / routing.expected_pair_counts(count)[upper]
         best = int(ratio.argmax())
         i, j = int(upper[0][best]), int(upper[1][best])
 

@@ -1,10 +1,13 @@
 """Training: a step, a schedule that can end at any time, and a state that survives interruption."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +93,7 @@ def make_step(recipe: Recipe) -> Callable:
 
     def step(params, optimizer_state, windows, weights, rate):
         gradients, report = jax.grad(loss, has_aux=True)(params, windows, weights)
-        report["grad_norm"] = optax.global_norm(gradients)
+        report["grad_norm"] = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         updates = jax.tree.map(lambda u: u * rate, updates)
         return optax.apply_updates(params, updates), optimizer_state, report
@@ -154,7 +157,7 @@ class Schedule:
     def remaining(self, step: int) -> float:
         """Steps left to do, this one included."""
         if self._steps is not None:
-            return self._steps - step
+            return float(self._steps - step)
         assert self._deadline is not None
         return (self._deadline - time.time()) / self._seconds
 
@@ -169,6 +172,25 @@ class Schedule:
     def warmup(self, step: int) -> float:
         """The warm-up factor of this step."""
         return min(1.0, (step + 1) / self._recipe.warmup)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold Ctrl-C back until the end: a step gives its inputs away, so that half-way there is no
+    state to keep."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda number, _: waiting.append(number)) for n in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    for number in waiting:
+        signal.raise_signal(number)
 
 
 def train(
@@ -210,12 +232,14 @@ def train(
             if decay < 1.0 and state.decay == 1.0:
                 save_state(run / STABLE, state)
             rate = decay * schedule.warmup(state.step)
-            windows, weights = sampler.batch(state.step, recipe.batch, recipe.mixture)
-            params, optimizer, report = compiled(
-                state.params, state.optimizer, windows, weights, rate
-            )
-            losses.append(float(report["loss"]))
-            state = State(params, optimizer, state.step + 1, decay)
+            mixture = recipe.mixture if decay == 1.0 else recipe.decay_mixture
+            windows, weights = sampler.batch(state.step, recipe.batch, mixture)
+            with _interrupts_wait():
+                params, optimizer, report = compiled(
+                    state.params, state.optimizer, windows, weights, rate
+                )
+                state = State(params, optimizer, state.step + 1, decay)
+                losses.append(float(report["loss"]))
             schedule.took(time.time() - clock)
             bar.update()
             if state.step % report_every == 0:

@@ -365,7 +365,7 @@ def _loss_and_gradients(states, embedding, targets, weights, multiplier):
         target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         weight = weights[part] / total
         loss += jnp.sum(weight * (top[:, 0] + jnp.log(norm[:, 0]) - target_logit))
-        grad = (exp / norm - hit) * (weight * multiplier)[:, None]
+        grad = (exp / norm - hit.astype(exp.dtype)) * (weight * multiplier)[:, None]
         state_grads.append(grad @ embedding)
         embedding_grad += states[part].T @ grad
     return loss, jnp.concatenate(state_grads), embedding_grad.T
@@ -388,7 +388,7 @@ weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 def training_loss(
     params: Params,
-    windows: Int[Array, "b t+1"],
+    windows: Int[Array, "b window"],
     weights: Float[Array, "b t"],
     config: GrokConfig,
     capacity_factor: float,
@@ -402,7 +402,7 @@ def training_loss(
         weights: weight of the prediction at each position.
         config: sizes.
         capacity_factor: see `hidden_states`.
-        balance_weight: weight of the balancing loss, averaged over layers.
+        balance_weight: weight of each layer's balancing loss.
 
     Returns:
         The loss in nats, and a report: `loss` without balancing, `load`, `dropped`.
@@ -416,11 +416,11 @@ def training_loss(
         config.output_multiplier,
     )
     report["loss"] = loss
-    return loss + balance_weight * jnp.mean(report["balance"] - 1.0), report
+    return loss + balance_weight * jnp.sum(report["balance"] - 1.0), report
 
 
 def token_losses(
-    params: Params, windows: Int[Array, "b t+1"], config: GrokConfig
+    params: Params, windows: Int[Array, "b window"], config: GrokConfig
 ) -> Float[Array, "b t"]:
     """Cross-entropy of each next token in nats, no token dropped."""
     states, _ = hidden_states(params, windows[:, :-1], config, None)

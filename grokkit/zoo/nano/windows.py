@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import sentencepiece
 
+from grokkit.errors import GrokkitError
 from grokkit.zoo.nano.data import Corpus
 
 # The first ids are special pieces, whitespace, digits and bytes; random sequences leave them out.
@@ -63,6 +64,9 @@ class WindowSampler:
         self.vocab_size = processor.get_piece_size()
         self._pieces = {c: processor.piece_to_id(c) for c in "0123456789+=\n"}
         self._pieces["start"] = processor.piece_to_id("\u2581")
+        missing = [c for c, piece in self._pieces.items() if piece == processor.unk_id()]
+        if missing:
+            raise GrokkitError(f"the tokenizer has no piece for {missing}, which sums are made of")
         self._sum_pairs = sum_pairs(self.seed)[0]
 
     def batch(
@@ -129,11 +133,22 @@ class WindowSampler:
             words = np.arange(FIRST_WORD_PIECE, self.vocab_size)
             alphabet = rng.choice(words, rng.integers(8, 65)) if style == 1 else words
             segment = rng.choice(alphabet, rng.integers(6, 65 if style == 1 else 128))
-        gaps = rng.uniform() < 0.5
-        first_weight = 1.0 if style == 0 else UNPREDICTABLE_WEIGHT
+        gaps = bool(rng.uniform() < 0.5)
+        return self._repeat(rng, segment, alphabet, gaps, predictable=bool(style == 0))
+
+    def _repeat(
+        self,
+        rng: np.random.Generator,
+        segment: np.ndarray,
+        alphabet: np.ndarray,
+        gaps: bool,
+        predictable: bool,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A segment until the window is full; full weight where it comes again, or always if it
+        is predictable on first sight."""
         tokens: list[np.ndarray] = []
         weights: list[np.ndarray] = []
-        filled, weight_of_segment = 0, first_weight
+        filled, weight_of_segment = 0, 1.0 if predictable else UNPREDICTABLE_WEIGHT
         while filled <= self.context:
             if gaps:
                 noise = rng.choice(alphabet, rng.integers(0, max(2, len(segment) // 2)))
