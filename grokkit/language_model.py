@@ -299,8 +299,11 @@ class LanguageModel:
         for i_round, piece in enumerate(rounds):
             for step in np.asarray(piece.draws.token):
                 for i, token in enumerate(step.tolist()):
-                    finished[i] = finished[i] or token == self.config.eos_token
-                    if not finished[i] and len(new[i]) < max_len:
+                    if finished[i] or len(new[i]) == max_len:
+                        continue
+                    if token == self.config.eos_token:
+                        finished[i] = True
+                    else:
                         new[i].append(token)
             if recorder is not None:
                 recorder.add(piece.captured, prefill=i_round == 0)
