@@ -134,51 +134,67 @@ def test_same_on_four_devices(tiny_lm, tiny_config, ids, forced):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["forbid", "zero"])
-def test_removal_equals_a_loop_of_edited_passes(tiny_lm, method):
-    ids = tiny_lm.to_tokens([*TEXTS, "that he had asked"])
-    removal = remove_experts(tiny_lm, ids, method, rows=2, progress=False)
-    together = remove_experts(tiny_lm, ids, method, layers="together", rows=2, progress=False)
+@pytest.fixture(scope="module")
+def three(tiny_lm):
+    return tiny_lm.to_tokens([*TEXTS, "that he had asked"])
 
-    def edit(expert, layers):
-        if method == "forbid":
-            return grokkit.ForbidExperts(expert, layers=layers)
-        return grokkit.Replace("expert_outputs", 0.0, experts=[expert], layers=layers)
 
-    def mean(row, edits=()):
-        real = ids[row][ids[row] != tiny_lm.config.pad_token]
-        return loss_of(tiny_lm(ids[[row]], edits=edits).logits[0], real).mean()
+@pytest.fixture(scope="module")
+def removal(tiny_lm, three):
+    return remove_experts(tiny_lm, three, rows=2, progress=False)
 
-    for row in range(3):
-        assert removal.clean[row] == pytest.approx(mean(row), abs=2e-5)
-        assert removal.loss[1, 3, row] == pytest.approx(mean(row, [edit(3, [1])]), abs=2e-5)
-        assert together.loss[0, 6, row] == pytest.approx(mean(row, [edit(6, [0, 1])]), abs=2e-5)
-    assert together.layers is None and removal.layers == (0, 1)
 
+def means(tiny_lm, ids, edits=()):
+    """Mean next-token loss of each row, pads left out."""
+    logits = tiny_lm(ids, edits=edits).logits
+    real = [row[row != tiny_lm.config.pad_token] for row in ids]
+    return [loss_of(logits[i], row).mean() for i, row in enumerate(real)]
+
+
+def test_forbidding_equals_edited_passes(tiny_lm, three, removal):
+    together = remove_experts(tiny_lm, three, layers="together", rows=2, progress=False)
+    assert removal.layers == (0, 1) and together.layers is None
+    np.testing.assert_allclose(removal.clean, means(tiny_lm, three), atol=2e-5)
+    edit = grokkit.ForbidExperts(3, layers=[1])
+    np.testing.assert_allclose(removal.loss[1, 3], means(tiny_lm, three, [edit]), atol=2e-5)
+    edit = grokkit.ForbidExperts(6, layers=[0, 1])
+    np.testing.assert_allclose(together.loss[0, 6], means(tiny_lm, three, [edit]), atol=2e-5)
+
+
+def test_silencing_equals_edited_passes(tiny_lm, three):
+    silenced = remove_experts(tiny_lm, three, "zero", layers=[-1], rows=2, progress=False)
+    edit = grokkit.Replace("expert_outputs", 0.0, experts=[3], layers=[1])
+    assert silenced.layers == (1,)
+    np.testing.assert_allclose(silenced.loss[0, 3], means(tiny_lm, three, [edit]), atol=2e-5)
+
+
+def test_effect_of_removal_by_domain(removal):
     domains = np.array([0, 1, 0])
+    change = removal.loss - removal.clean
+    by_hand = np.average(change[0, 2, [0, 2]], weights=removal.tokens[[0, 2]])
     effect = removal.effect(domains)
-    by_hand = np.average(
-        (removal.loss - removal.clean)[0, 2, [0, 2]], weights=removal.tokens[[0, 2]]
-    )
     assert effect.shape == (2, 8, 2)
     assert effect[0, 2, 0] == pytest.approx(by_hand)
     twice = removal.effect(domains, np.array([1, 2, 2]))
-    np.testing.assert_allclose(twice[..., 0], (removal.loss - removal.clean)[..., 2])
+    np.testing.assert_allclose(twice[..., 0], change[..., 2])
 
 
-def test_removing_an_unused_expert_does_nothing(tiny_lm):
-    _, cache = tiny_lm.run_with_cache(TEXTS[0], ["expert_indices"])
+def test_removing_an_unused_expert_does_nothing(tiny_lm, three, removal):
+    _, cache = tiny_lm.run_with_cache(three, ["expert_indices"])
     used = np.asarray(cache["expert_indices"])
-    removal = remove_experts(tiny_lm, TEXTS[0], progress=False, rows=1)
-    effect = removal.effect(np.array([0]))[..., 0]
-    for layer in range(2):
-        for expert in range(8):
-            hit = expert in used[layer, :, :-1]
-            assert hit or abs(effect[layer, expert]) < 1e-6
-            assert not hit or abs(effect[layer, expert]) > 1e-7
+    change = np.abs(removal.loss - removal.clean)
+    unused = 0
+    for row, ids in enumerate(three):
+        n = (ids != tiny_lm.config.pad_token).sum()
+        for layer in range(2):
+            for expert in range(8):
+                hit = expert in used[layer, row, : n - 1]
+                unused += not hit
+                assert (change[layer, expert, row] > 1e-5) == hit
+    assert unused > 0
 
 
-def test_wrong_input_is_refused(tiny_lm):
+def test_wrong_input_is_refused(tiny_lm, removal):
     with pytest.raises(SiteError, match="there is no 2; there are 2, 0 to 1"):
         forced_choices(tiny_lm, TEXTS, layers=[2], progress=False)
     with pytest.raises(SiteError, match="at least one"):
@@ -191,8 +207,7 @@ def test_wrong_input_is_refused(tiny_lm):
         forced_choices(tiny_lm, TEXTS, rows=0, progress=False)
     with pytest.raises((GrokkitError, TypeCheckError), match="forbid"):
         remove_experts(tiny_lm, TEXTS, "delete", progress=False)  # type: ignore[arg-type]
-    removal = remove_experts(tiny_lm, TEXTS, layers=[0], progress=False, rows=2)
-    with pytest.raises(GrokkitError, match="one for each of 2 sequences"):
-        removal.effect(np.array([0, 1, 1]))
+    with pytest.raises(GrokkitError, match="one for each of 3 sequences"):
+        removal.effect(np.array([0, 1]))
     with pytest.raises(GrokkitError, match=r"domains \[1\] have no sequences"):
-        removal.effect(np.array([0, 1]), np.array([0, 0]))
+        removal.effect(np.array([0, 1, 1]), np.array([0, 0]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from grokkit.analysis.causal_routing import Removal, forced_choices, remove_experts
-from grokkit.analysis.statistics import Resampled
+from grokkit.analysis.statistics import Null, Resampled
 from grokkit.errors import GrokkitError
 from grokkit.language_model import load
 from grokkit.sharding import make_mesh
@@ -24,7 +24,7 @@ def measure(data: tables_of.Data, per_passage: int, progress: bool = True) -> di
     """All tables, by the name of their place on the page."""
     tables = {"sample": tables_of.sample_table(data), "load": tables_of.load_table(data)}
     tables["repetition"], p_repetition = tables_of.repetition_table(data)
-    tables["domains"], p_domains, p_matched = tables_of.domain_table(data)
+    tables["domains"], free, matched = tables_of.domain_table(data)
     tables["structure"] = tables_of.structure_table(data)
     tables["service"], _ = tables_of.service_table(data)
     tables["similarity"] = tables_of.similarity_table(data)
@@ -41,15 +41,15 @@ def measure(data: tables_of.Data, per_passage: int, progress: bool = True) -> di
     forced = forced_choices(data.lm, data.ids, positions=positions, progress=progress)
     tables["choices"], ranked = tables_of.choice_table(data, forced)
     tables["summary"] = _summary(
-        data, p_domains, p_matched, p_repetition[0], removals["forbid"], lows, ranked
+        data, free, matched, p_repetition[0], removals["forbid"], lows, ranked
     )
     return tables
 
 
 def _summary(
     data: tables_of.Data,
-    p_domains: np.ndarray,
-    p_matched: np.ndarray,
+    free: Null,
+    matched: Null,
     p_repetition: np.ndarray,
     forbidden: Removal,
     lows: np.ndarray,
@@ -60,12 +60,14 @@ def _summary(
     def count(which: np.ndarray) -> str:
         return f"{int(which.sum())} of {data.lm.config.n_layers} layers"
 
+    explained = matched.mean / matched.observed
     harm = forbidden.effect(data.domains)
     layer, expert, domain = np.unravel_index(harm.argmax(), harm.shape)
     domains = (
         f"Domains differ in their use of experts beyond shuffled passages in "
-        f"{count(p_domains < 0.05)} (p < .05), and beyond what token identity alone gives in "
-        f"{count(p_matched < 0.05)}."
+        f"{count(free.p_value < 0.05)} (p < .05), and beyond what token identity alone gives in "
+        f"{count(matched.p_value < 0.05)}. Identity alone gives {explained.min():.0%} to "
+        f"{explained.max():.0%} of the distance between them."
     )
     repetition = (
         f"A token has its predecessor's first expert more often than token identity alone gives "
@@ -115,10 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m grokkit.zoo.nano.routing_findings")
     parser.add_argument("--model", default="nano", help="shipped model or checkpoint directory")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables on this page")
-    parser.add_argument("--passages", type=int, default=16, help="passages of each domain")
-    parser.add_argument("--length", type=int, default=80, help="tokens of each passage")
+    parser.add_argument("--passages", type=int, default=12, help="passages of each domain")
+    parser.add_argument("--length", type=int, default=64, help="tokens of each passage")
     parser.add_argument("--samples", type=int, default=199, help="resamples a number")
-    parser.add_argument("--tokens", type=int, default=4, help="tokens a passage with forced pairs")
+    parser.add_argument("--tokens", type=int, default=3, help="tokens a passage with forced pairs")
     options = parser.parse_args(arguments)
     page = options.write.read_text(encoding="utf-8") if options.write else None
     lm = load(options.model, mesh=make_mesh(1, 1), dtype="float32", progress=False)

@@ -21,7 +21,7 @@ from grokkit.analysis.specialisation import (
     domain_specialisation,
     vocabulary_specialisation,
 )
-from grokkit.analysis.statistics import Resampled, bootstrap, permutation_null, spearman
+from grokkit.analysis.statistics import Null, Resampled, bootstrap, permutation_null, spearman
 from grokkit.errors import GrokkitError
 from grokkit.language_model import LanguageModel
 from grokkit.quant import dequantize
@@ -182,8 +182,8 @@ def repetition_table(data: Data) -> tuple[str, np.ndarray]:
     return _by_layer(names, columns), matched.p_value
 
 
-def domain_table(data: Data) -> tuple[str, np.ndarray, np.ndarray]:
-    """Distance between domains' use of experts against both nulls, and the p-values."""
+def domain_table(data: Data) -> tuple[str, Null, Null]:
+    """Distance between domains' use of experts against both nulls, and these."""
     n = len(data.names)
     of_token = np.repeat(data.domains, data.ids.shape[1])
     tokens = data.ids.reshape(-1)
@@ -205,7 +205,7 @@ def domain_table(data: Data) -> tuple[str, np.ndarray, np.ndarray]:
                [f"{p:.3f}" for p in free.p_value], _range(matched),
                [f"{p:.3f}" for p in matched.p_value]]  # fmt: skip
     head = ["distance", "passages shuffled", "p", "matched on the token", "p"]
-    return _by_layer(head, columns), free.p_value, matched.p_value
+    return _by_layer(head, columns), free, matched
 
 
 def structure_table(data: Data) -> str:
