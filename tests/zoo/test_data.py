@@ -14,7 +14,6 @@ from grokkit.zoo.nano.windows import (
     sum_pairs,
 )
 
-
 VOCAB = 512
 
 
@@ -68,7 +67,9 @@ def test_tokens_spell_the_documents(corpus, splits):
     assert texts == list(splits["red"].held_out.values()) == corpus.held_out_texts["red"]
 
 
-@pytest.mark.parametrize("text", ["a\n\n\n  b\n\tc  d ", "27+58=85\n", "naïve 漢\r\n", "\n", "    x"])
+@pytest.mark.parametrize(
+    "text", ["a\n\n\n  b\n\tc  d ", "27+58=85\n", "naïve 漢\r\n", "\n", "    x"]
+)
 def test_tokenizer_round_trip(corpus, text):
     processor = sentencepiece.SentencePieceProcessor(model_proto=corpus.tokenizer)
     assert processor.decode(processor.encode(text)) == text

@@ -11,6 +11,7 @@ import pytest
 
 import grokkit
 from grokkit.errors import GrokkitError
+from grokkit.model import Output
 from grokkit.quant import dequantize
 from grokkit.zoo.nano import evaluate, windows
 from grokkit.zoo.nano.data import TOKENIZER_FILE
@@ -104,20 +105,21 @@ def test_losses_are_the_models_own(lm):
         np.testing.assert_allclose(losses[row], expected, rtol=1e-4, atol=1e-5)
 
 
-class _Oracle:
-    """Stands in for a model: it writes given texts, whatever it is asked."""
+class _Oracle(grokkit.LanguageModel):
+    """Writes given answers, whatever its weights say."""
 
     def __init__(self, lm, answer):
-        self.config, self.tokenizer, self._answer = lm.config, lm.tokenizer, answer
+        super().__init__(lm.model, lm.mesh, lm.tokenizer)
+        self._answer = answer
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, edits=()):
         logits = np.zeros((*tokens.shape, self.config.vocab_size), np.float32)
         for row, ids in enumerate(tokens):
             question, _, answer = self.tokenizer.decode(ids).partition("=")
             said = self.tokenizer.encode(f"{question}={self._answer(question, answer)}")
             for i in range(len(ids) - 1):
                 logits[row, i, said[i + 1]] = 1
-        return type("Output", (), {"logits": jnp.asarray(logits)})
+        return Output(jnp.asarray(logits), None, {})
 
 
 def test_sums_are_judged_exactly(lm):
@@ -179,7 +181,7 @@ def test_weights_digest_changes_with_a_byte(exported, tmp_path):
     for file in (directory / "ckpt-0").iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     assert evaluate.weights_digest(copy.parent) == evaluate.weights_digest(directory)
-    last = sorted(copy.iterdir())[-1]
+    last = max(copy.iterdir())
     last.write_bytes(last.read_bytes()[:-1] + b"\0")
     whole = b"".join(f.read_bytes() for f in sorted(copy.iterdir()))
     assert evaluate.weights_digest(copy.parent) == hashlib.sha256(whole).hexdigest()

@@ -8,7 +8,7 @@ import pytest
 import grokkit
 from grokkit.model import place
 from grokkit.quant import dequantize
-from grokkit.zoo.nano import training_model
+from grokkit.zoo.nano import loss, training_model
 from grokkit.zoo.nano.export import quantised_model
 from grokkit.zoo.nano.probes import attention_patterns, head_scores
 
@@ -136,7 +136,7 @@ def test_expert_gradients_are_those_of_every_expert_on_every_token(params, confi
 
 def test_weighted_loss_and_its_gradients(config):
     keys = jax.random.split(jax.random.key(0), 4)
-    n = training_model.LOSS_CHUNK + 100  # a whole chunk and a part of one
+    n = loss.LOSS_CHUNK + 100  # a whole chunk and a part of one
     states = jax.random.normal(keys[0], (n, 16))
     embedding = jax.random.normal(keys[1], (50, 16))
     targets = jax.random.randint(keys[2], (n,), 0, 50)
@@ -148,7 +148,7 @@ def test_weighted_loss_and_its_gradients(config):
         return -2 * jnp.sum(weights * picked) / jnp.sum(weights)
 
     def ours(states, embedding):
-        return 2 * training_model.weighted_loss(states, embedding, targets, weights, 0.7)
+        return 2 * loss.weighted_loss(states, embedding, targets, weights, 0.7)
 
     (a, a_grads), (b, b_grads) = (
         jax.value_and_grad(f, argnums=(0, 1))(states, embedding) for f in (ours, definition)

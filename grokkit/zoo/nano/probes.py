@@ -15,7 +15,12 @@ from jaxtyping import Array, Float, Int
 from grokkit.config import GrokConfig
 from grokkit.zoo.nano.data import Corpus
 from grokkit.zoo.nano.training_model import (
-    Params, _rotate, attention, experts, rms_norm, token_losses,
+    Params,
+    _rotate,
+    attention,
+    experts,
+    rms_norm,
+    token_losses,
 )  # fmt: skip
 from grokkit.zoo.nano.windows import repeated_sequences, sum_pairs
 

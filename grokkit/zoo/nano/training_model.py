@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grokkit.config import GrokConfig
+from grokkit.zoo.nano.loss import weighted_loss
 
 Params = dict[str, Any]
 
@@ -24,7 +25,6 @@ COMMON_PART = 0.5  # the part all embeddings share at the start, over the size o
 LOOK_BACK_SCORE = 20.0  # the score one token back of the head that starts off looking there
 
 QUERY_BLOCK = 64  # queries that share one span of keys; a block skips the keys after its last query
-LOSS_CHUNK = 1024  # tokens whose logits exist at the same time
 
 
 def init_params(config: GrokConfig, key: PRNGKeyArray) -> Params:
@@ -58,7 +58,9 @@ def init_params(config: GrokConfig, key: PRNGKeyArray) -> Params:
     layers = []
     for layer_key in jax.random.split(key, config.n_layers + 1)[1:]:
         keys = jax.random.split(layer_key, len(shapes))
-        layer = {name: matrix(k, shape) for k, (name, shape) in zip(keys, shapes.items())}
+        layer = {
+            name: matrix(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=False)
+        }
         layer["router"] = layer["router"] * 0.1
         for name, start in [("attn_norm", 1.0), ("attn_out_norm", 0.3),
                             ("moe_norm", 1.0), ("moe_out_norm", 0.3)]:  # fmt: skip
@@ -157,9 +159,7 @@ def _attend_backward(first_query, config, residuals, grad):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attention(
-    layer: Params, x: Float[Array, "b t d"], config: GrokConfig
-) -> Float[Array, "b t d"]:
+def attention(layer: Params, x: Float[Array, "b t d"], config: GrokConfig) -> Float[Array, "b t d"]:
     """Grouped-query causal attention with soft-capped scores, in blocks of queries.
 
     Args:
@@ -332,58 +332,9 @@ def hidden_states(
         y, *report = experts(layer, x, config, capacity)
         h = h + rms_norm(y.reshape(h.shape), layer["moe_out_norm"], eps)
         reports.append(report)
-    balance, load, dropped = (jnp.stack(column) for column in zip(*reports))
+    balance, load, dropped = (jnp.stack(column) for column in zip(*reports, strict=False))
     states = rms_norm(h, params["final_norm"], eps)
     return states, {"balance": balance, "load": load, "dropped": dropped}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def weighted_loss(states, embedding, targets, weights, multiplier):
-    """Mean cross-entropy in nats, weighted, with the logits of a chunk of tokens at a time.
-
-    Args:
-        states: final states [n, d_model].
-        embedding: the tied embedding [vocab, d_model].
-        targets: next tokens [n].
-        weights: weight of each [n].
-        multiplier: factor on the logits.
-    """
-    return _loss_and_gradients(states, embedding, targets, weights, multiplier)[0]
-
-
-def _loss_and_gradients(states, embedding, targets, weights, multiplier):
-    n = states.shape[0]
-    total = jnp.sum(weights)
-    loss, state_grads, embedding_grad = 0.0, [], 0.0
-    for start in range(0, n, LOSS_CHUNK):
-        part = slice(start, start + LOSS_CHUNK)
-        logits = (states[part] @ embedding.T) * multiplier
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        exp = jnp.exp(logits - top)
-        norm = jnp.sum(exp, axis=-1, keepdims=True)
-        hit = jnp.arange(embedding.shape[0]) == targets[part][:, None]
-        target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        weight = weights[part] / total
-        loss += jnp.sum(weight * (top[:, 0] + jnp.log(norm[:, 0]) - target_logit))
-        grad = (exp / norm - hit.astype(exp.dtype)) * (weight * multiplier)[:, None]
-        state_grads.append(grad @ embedding)
-        embedding_grad += states[part].T @ grad
-    return loss, jnp.concatenate(state_grads), embedding_grad.T
-
-
-def _weighted_loss_forward(states, embedding, targets, weights, multiplier):
-    loss, states_grad, embedding_grad = _loss_and_gradients(
-        states, embedding, targets, weights, multiplier
-    )
-    return loss, (states_grad, embedding_grad)
-
-
-def _weighted_loss_backward(multiplier, residuals, grad):
-    states_grad, embedding_grad = residuals
-    return states_grad * grad, embedding_grad * grad, None, None
-
-
-weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 def training_loss(

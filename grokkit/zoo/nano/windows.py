@@ -90,7 +90,7 @@ class WindowSampler:
         edges = np.cumsum(shares / shares.sum()) * size
         kinds = np.searchsorted(edges, rng.uniform() + np.arange(size), side="right")
         windows, weights = zip(
-            *(self.window(rng, names[min(kind, len(names) - 1)]) for kind in kinds)
+            *(self.window(rng, names[min(kind, len(names) - 1)]) for kind in kinds), strict=False
         )
         return np.stack(windows).astype(np.int32), np.stack(weights)
 
@@ -124,7 +124,9 @@ class WindowSampler:
         """
         style = rng.integers(3)
         if style == 0:
-            stream = self.corpus.train[list(self.corpus.train)[rng.integers(len(self.corpus.train))]]
+            stream = self.corpus.train[
+                list(self.corpus.train)[rng.integers(len(self.corpus.train))]
+            ]
             length = rng.integers(6, 61)
             start = rng.integers(0, len(stream) - length)
             segment = stream[start : start + length].astype(np.int64)
