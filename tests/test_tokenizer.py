@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grokkit
 from grokkit.errors import TokenizerError
 from grokkit.tokenizer import Tokenizer
+from grokkit.zoo import shipped
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
@@ -67,6 +69,14 @@ def test_official_round_trip(official, text):
     ids = official.encode(text)
     assert official.decode(ids) == text
     assert "".join(streamed(official, ids)) == text
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "▁" not in text])
+def test_round_trip_of_the_shipped_tokenizer(text):
+    nano = Tokenizer.from_file(shipped("nano") / "tokenizer.model", grokkit.NANO.vocab_size)
+    ids = nano.encode(text)
+    assert nano.decode(ids) == text
+    assert "".join(streamed(nano, ids)) == text
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "▁" not in text])
