@@ -313,7 +313,7 @@ def _decode(
     return _cross_entropy(out.logits, target[:, None])[:, 0]
 
 
-def _take_rows(a: Array, axis: int, rows: Array) -> Array:
+def _take_rows(a: Any, axis: int, rows: Array) -> Array:
     """Rows of a batch axis, which may be cut over devices, in any order."""
     spec = list(jax.typeof(a).sharding.spec)
     spec += [None] * (a.ndim - len(spec))
