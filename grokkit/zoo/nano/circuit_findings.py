@@ -25,7 +25,7 @@ def measure(
     count: int = 16,
     length: int = 48,
     n_sums: int = 200,
-    lens_steps: int = 150,
+    lens_steps: int = 100,
     progress: bool = True,
 ) -> dict[str, str]:
     """All tables, by the name of their place on the page.
@@ -39,7 +39,7 @@ def measure(
     """
     tables, summary = _copying(lm, passages, count, length)
     sums, more = _sums(lm, n_sums, progress)
-    n = min(128, lm.config.context_length)
+    n = min(96, lm.config.context_length)
     rows = [lm.tokenizer.encode(text)[:n] for text in passages]
     ids = np.array([row for row in rows if len(row) == n])
     held = np.arange(len(ids)) % 4 == 3

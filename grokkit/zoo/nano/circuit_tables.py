@@ -130,8 +130,12 @@ def ranked(scores: Float[np.ndarray, "layer head"], n: int) -> list[tuple[int, i
     return [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, scores.shape), strict=True)]
 
 
-def heads_table(scores: HeadScores, harm: Float[np.ndarray, "layer head"], n: int = 10) -> str:
-    """The heads of highest induction score, and what copying loses without each."""
+def heads_table(
+    scores: HeadScores, harm: Float[np.ndarray, "layer head"], n: int = 8, n_previous: int = 4
+) -> str:
+    """The heads of highest induction score, then of highest previous-token score."""
+    shown = ranked(scores.induction, n)
+    shown += [head for head in ranked(scores.previous, n_previous) if head not in shown]
     rows = [
         [
             f"L{a}H{b}",
@@ -139,7 +143,7 @@ def heads_table(scores: HeadScores, harm: Float[np.ndarray, "layer head"], n: in
             *(f"{s[a, b]:.3f}" for s in (scores.duplicate, scores.first)),
             f"{harm[a, b]:+.3f}",
         ]
-        for a, b in ranked(scores.induction, n)
+        for a, b in shown
     ]
     rows.append(["even attention", f"{scores.uniform:.3f}", "", "", "", ""])
     return markdown(
@@ -160,7 +164,7 @@ def single_harm(lm: LanguageModel, copies: Copies, base: float) -> Float[np.ndar
 def matched_heads(
     lm: LanguageModel, heads: Sequence[tuple[int, int]], rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """As many other heads of the same layers, at random."""
+    """As many other heads of the same layers at random, or all others where there are fewer."""
     chosen = []
     for layer in sorted({a for a, _ in heads}):
         here = [b for a, b in heads if a == layer]
@@ -367,7 +371,9 @@ def lens_table(
     progress: bool = True,
 ) -> str:
     """Mean divergence of the logit lens and of a tuned one, on text the lens was not fitted on."""
-    tuned, _ = fit_tuned_lens(lm, fit_on, steps=steps, learning_rate=2e-3, progress=progress)
+    tuned, _ = fit_tuned_lens(
+        lm, fit_on, steps=steps, batch=min(4, len(fit_on)), learning_rate=2e-3, progress=progress
+    )
     plain = logit_lens(lm, read_on, ["embed", "resid_mid", "resid_post"])
     fitted = dict(zip(range(lm.config.n_layers), logit_lens(lm, read_on, tuned=tuned).kl,
                       strict=True))  # fmt: skip
