@@ -49,20 +49,29 @@ default_role = "code"  # docstrings put names in single backticks, as Markdown d
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
-    """Docstrings are Markdown, of which reStructuredText reads all but two things.
+    """Docstrings are Markdown, of which reStructuredText reads all but three things.
 
-    It wants a list's text aligned under its bullet, and a letter right after a closing backtick
-    (the plural of `ParamSpec`) escaped.
+    It wants a list's text aligned under its bullet, a letter right after a closing backtick (the
+    plural of `ParamSpec`) escaped, and code indented below a directive instead of between fences.
     """
-    offset = None
-    for i, line in enumerate(lines):
-        if bullet := re.match(r"( *)- ", line):
-            offset = len(bullet[1]) + 2
-        elif not line.startswith(" "):
-            offset = None
-        elif offset is not None:
-            line = " " * offset + line.strip()
-        lines[i] = re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line)
+    result = []
+    text_column = None  # of the list item that the line may belong to
+    in_code = False
+    for line in lines:
+        if line.startswith("```"):
+            in_code = not in_code
+            result += ["", f".. code-block:: {line[3:] or 'text'}", ""] if in_code else [""]
+        elif in_code:
+            result.append("   " + line)
+        else:
+            if bullet := re.match(r"( *)- ", line):
+                text_column = len(bullet[1]) + 2
+            elif not line.startswith(" "):
+                text_column = None
+            elif text_column is not None:
+                line = " " * text_column + line.strip()
+            result.append(re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line))
+    lines[:] = result
 
 
 def shorten_array_types(app, doctree):
