@@ -11,7 +11,6 @@ import jax
 SWITCH = "GROKKIT_COMPILATION_CACHE"
 _OFF = {"0", "off", "false", "no"}
 _ON = {"", "1", "on", "true", "yes"}
-_MIN_COMPILE_SECONDS = 0.1  # what compiles faster is not worth a file
 _JAX_MIN_COMPILE_SECONDS = 1.0  # JAX's default
 _MAX_BYTES = 1 << 30
 
@@ -43,7 +42,8 @@ def enable() -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if _setting("jax_persistent_cache_min_compile_time_secs") == _JAX_MIN_COMPILE_SECONDS:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+        # Even the smallest programs load faster than they compile.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 
