@@ -196,7 +196,8 @@ def fit_tuned_lens(
     @eqx.filter_jit
     def update(model: Grok, lens: TunedLens, state: Any, stream: Array, final: Array) -> Any:
         losses, gradients = _losses(model, lens, stream, final)
-        updates, state = optimizer.update(gradients, state, lens)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integers
+            updates, state = optimizer.update(gradients, state, lens)
         return optax.apply_updates(lens, updates), state, losses
 
     rng, order, history = np.random.default_rng(seed), np.empty(0, int), []
