@@ -22,13 +22,12 @@ from grokkit.zoo.nano.data import Corpus
 from grokkit.zoo.nano.export import FLOATS_FILE, load_floats
 from grokkit.zoo.nano.probes import head_scores, xz_bits_per_byte
 from grokkit.zoo.nano.training_model import token_losses
-from grokkit.zoo.nano.windows import repeated_sequences, sum_pairs
+from grokkit.zoo.nano.windows import COPIES, SUMS, repeated_sequences, sum_pairs
 
 CARD_FILE = "card.json"
 BARS = {"prose": 0.60, "spanish": 0.60, "verse": 0.66, "french": 0.70, "code": 1.10}
 BATCH = 16
 INDUCTION_HEAD = 0.3  # mean attention from which a head is called an induction head
-LEAST_LOAD = 0.03
 PERMUTATIONS = 999
 
 
@@ -164,46 +163,56 @@ def measure_copying(lm: LanguageModel, count: int = 32) -> dict[str, Any]:
     return figures
 
 
+def _samples(lm: LanguageModel, corpus: Corpus, windows: int) -> dict[str, np.ndarray]:
+    """Windows of each domain's held-out text, of unseen sums and of repeated sequences."""
+    context = lm.config.context_length
+    samples = {}
+    for name, stream in corpus.held_out.items():
+        starts = np.linspace(0, len(stream) - context, windows).astype(int)
+        samples[name] = np.stack([stream[s : s + context] for s in starts])
+    pairs = np.random.default_rng(0).permutation(sum_pairs()[1])
+    ids = np.array(lm.tokenizer.encode("".join(f"{a}+{b}={a + b}\n" for a, b in pairs)))
+    starts = np.linspace(0, len(ids) - context, windows).astype(int)
+    samples[SUMS] = np.stack([ids[s : s + context] for s in starts])
+    samples[COPIES] = repeated_sequences(8, windows, context // 2, lm.config.vocab_size)
+    return samples
+
+
 def measure_routing(lm: LanguageModel, corpus: Corpus, windows: int = 48) -> dict[str, Any]:
-    """Each expert's share of the choices, over all domains and by domain, and a permutation null.
+    """Each expert's share of the choices, in all and by kind of text, and a permutation null.
 
     The statistic of a layer is the sum over domains and experts of the squared distance between a
-    domain's share and the mean over domains. Under the null, whole windows change domains, since
-    the tokens of a window are not independent.
+    domain's share and the mean over domains, on the five kinds of text alone. Under the null,
+    whole windows change domains, since the tokens of a window are not independent.
     """
-    context, config = lm.config.context_length, lm.config
-    shares, labels = [], []
-    for label, stream in enumerate(corpus.held_out.values()):
-        starts = np.linspace(0, len(stream) - context, windows).astype(int)
-        sample = np.stack([stream[s : s + context] for s in starts])
+    samples = _samples(lm, corpus, windows)
+    shares = {}
+    for name, sample in samples.items():
+        parts = []
         for rows, count in _batches(sample):
             _, cache = lm.run_with_cache(rows, [Capture("expert_indices")])
             chosen = np.asarray(cache["expert_indices"])[:, :count]
-            one_hot = chosen[..., None] == np.arange(config.n_experts)
-            shares.append(one_hot.mean(axis=(2, 3)).swapaxes(0, 1))  # [window, layer, expert]
-            labels += [label] * count
-    by_window, of = np.concatenate(shares), np.array(labels)
-    domains = len(corpus.held_out)
-
-    def by_domain(of: np.ndarray) -> np.ndarray:
-        return np.stack([by_window[of == d].mean(axis=0) for d in range(domains)])
+            one_hot = chosen[..., None] == np.arange(lm.config.n_experts)
+            parts.append(one_hot.mean(axis=(2, 3)).swapaxes(0, 1))
+        shares[name] = np.concatenate(parts)  # [window, layer, expert]
+    by_window = np.concatenate([shares[name] for name in corpus.held_out])
+    of = np.repeat(np.arange(len(corpus.held_out)), windows)
 
     def statistic(of: np.ndarray) -> np.ndarray:
-        means = by_domain(of)
+        means = np.stack([by_window[of == d].mean(axis=0) for d in range(len(corpus.held_out))])
         return ((means - means.mean(axis=0)) ** 2).sum(axis=(0, 2))
 
     rng = np.random.default_rng(0)
     found = statistic(of)
     null = np.stack([statistic(rng.permutation(of)) for _ in range(PERMUTATIONS)])
-    load = by_domain(of).mean(axis=0)
+    by_kind = {name: share.mean(axis=0) for name, share in shares.items()}
+    load = np.mean(list(by_kind.values()), axis=0)
+    on_text = by_window.mean(axis=0)
     return {
         "load": load.round(4).tolist(),
-        "least_load": float(load.min()),
         "least_load_by_layer": load.min(axis=1).round(4).tolist(),
-        "by_domain": {
-            name: row.round(4).tolist()
-            for name, row in zip(corpus.held_out, by_domain(of), strict=True)
-        },
+        "least_load_on_text_by_layer": on_text.min(axis=1).round(4).tolist(),
+        "by_kind": {name: row.round(4).tolist() for name, row in by_kind.items()},
         "permutation_p": ((1 + (null >= found).sum(axis=0)) / (1 + PERMUTATIONS)).tolist(),
         "statistic_over_null_mean": (found / null.mean(axis=0)).round(2).tolist(),
     }
@@ -301,11 +310,9 @@ def table(card: dict[str, Any]) -> str:
         )
     lines.append(f"heads with an induction score of {INDUCTION_HEAD} or more: "
                  f"{copying['induction']['heads']}")  # fmt: skip
-    lines.append(
-        "least used expert by layer: "
-        + ", ".join(f"{x:.1%}" for x in routing["least_load_by_layer"])
-        + "   (bar 3 %)"
-    )
+    for key, label in [("load", "all kinds of text"), ("load_on_text", "the five domains alone")]:
+        shares = ", ".join(f"{x:.1%}" for x in routing[f"least_{key}_by_layer"])
+        lines.append(f"least used expert by layer, {label}: {shares}   (bar 3 %)")
     lines.append(
         "routing differs by domain, permutation p by layer: "
         + ", ".join(f"{p:.3f}" for p in routing["permutation_p"])

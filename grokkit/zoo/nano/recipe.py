@@ -23,12 +23,12 @@ def decay_mixture() -> dict[str, float]:
     """The same for the decay: more text and sums, fewer copies, which by then are learnt or not."""
     return {
         "prose": 0.20,
-        "verse": 0.18,
-        "code": 0.20,
-        "french": 0.14,
-        "spanish": 0.13,
-        SUMS: 0.08,
-        COPIES: 0.07,
+        "verse": 0.21,
+        "code": 0.08,
+        "french": 0.17,
+        "spanish": 0.16,
+        SUMS: 0.06,
+        COPIES: 0.12,
     }
 
 
