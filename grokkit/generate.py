@@ -47,7 +47,7 @@ class Sampling:
         """
         temperature = _each("temperature", self.temperature, n, np.float32)
         if not (np.isfinite(temperature).all() and (temperature >= 0).all()):
-            raise PromptError(f"temperature must be finite, 0 or more, found {self.temperature}")
+            raise PromptError(f"temperature must be 0 or more, found {self.temperature}")
         top_p = _each("top_p", self.top_p, n, np.float32)
         if not ((top_p > 0) & (top_p <= 1)).all():
             raise PromptError(f"top_p must be above 0 and at most 1, found {self.top_p}")

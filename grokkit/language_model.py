@@ -36,7 +36,9 @@ from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
 
 Text = str | Sequence[str]
-Tokens = Text | Sequence[int] | Int[np.ndarray, "..."] | Int[Array, "..."]
+Tokens = (
+    Text | Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "..."] | Int[Array, "..."]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,13 @@ class LanguageModel:
             ids = self.to_tokens(texts)  # type: ignore[arg-type]
             lengths = np.array([len(self.tokenizer.encode(t)) for t in texts], np.int32)  # type: ignore[arg-type]
         else:
-            ids = np.atleast_2d(np.asarray(tokens))
+            try:
+                ids = np.atleast_2d(np.asarray(tokens))
+            except ValueError as e:
+                raise PromptError(
+                    "tokens: expected rows of token ids of one length, found several; pass texts, "
+                    "or fill the shorter rows up with the pad token"
+                ) from e
             if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
                 raise PromptError(
                     f"tokens: expected text, or integers [batch, position], found an array of "
@@ -244,7 +252,8 @@ class LanguageModel:
             own if a sequence is given.
         - `edits`: changes to make inside, at every token.
 
-        **Returns:** the new text, without the prompt; a list of them for a list of prompts.
+        **Returns:** the new text, without the prompt; a list of them for a list of prompts. A
+            character that is cut off in the midst of its bytes is left out.
 
         **Raises:** `PromptError` for a setting or prompt that cannot be honoured.
         """
@@ -356,7 +365,7 @@ class LanguageModel:
 
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         decoder = self.tokenizer.stream_decoder(prompt)
-        return "".join(decoder.push(token) for token in new) + decoder.finish()
+        return "".join(decoder.push(token) for token in new)
 
 
 def _release(tree: PyTree) -> PyTree:

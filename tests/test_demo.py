@@ -42,7 +42,7 @@ def test_demo_shows_layout_text_and_experts(checkpoint, capsys):
     # On a terminal the same, with a colour for each expert.
     demo.show_experts(lm, ids, colour=True)
     coloured = capsys.readouterr().out
-    assert "\x1b" not in printed
+    assert "\x1b[" not in printed  # an escape alone may be a token of the text
     assert printed.endswith(re.sub("\x1b\\[[0-9]+m", "", coloured))
     colours = set(re.findall("\x1b\\[([0-9]+)m([0-9])\x1b\\[0m", coloured))
     assert {expert for _, expert in colours} == set(map(str, best.flat))
