@@ -50,7 +50,7 @@ def activation(capture: Capture, value: PyTree[Array | np.ndarray], n_layers: in
     found = SITES[capture.site]
     layers = None
     if found.in_layer:
-        layers = tuple(range(n_layers)) if capture.layers is None else capture.layers
+        layers = tuple(range(n_layers)) if capture.layers is None else capture.layer_numbers
     axes = None
     if capture.reduce is None:
         dropped = "query" if "query" in found.axes else "position"

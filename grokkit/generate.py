@@ -143,7 +143,7 @@ def _prefill(
     tokens: Array,
     lengths: Array,
     cache: KVCache,
-    rows: PyTree,
+    rows: tuple[Array, Array, Array],
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
 ) -> tuple[KVCache, Draw, dict[str, Any]]:
@@ -155,7 +155,9 @@ def _prefill(
     logits = out.logits
     if not last_only:
         logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)
-    return out.cache, sample(logits[:, 0], *rows, out.cache.length), out.captured
+    assert out.cache is not None
+    drawn = sample(logits[:, 0], rows[0], rows[1], rows[2], out.cache.length)
+    return out.cache, drawn, out.captured
 
 
 @functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("cache",))
@@ -163,7 +165,7 @@ def _decode(
     model: Grok,
     cache: KVCache,
     token: Array,
-    rows: PyTree,
+    rows: tuple[Array, Array, Array],
     n: int,
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
@@ -173,7 +175,8 @@ def _decode(
     def step(carry, _):
         cache, token = carry
         out = model(token[:, None], cache=cache, captures=captures, edits=edits)
-        draw = sample(out.logits[:, 0], *rows, out.cache.length)
+        assert out.cache is not None
+        draw = sample(out.logits[:, 0], rows[0], rows[1], rows[2], out.cache.length)
         return (out.cache, draw.token), (draw, out.captured)
 
     (cache, token), (draws, captured) = jax.lax.scan(step, (cache, token), length=n)

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from grokkit.config import GrokConfig
-from grokkit.sharding import ParamSpec, partition_spec
+from grokkit.sharding import Declaration, ParamSpec, partition_spec
 
 _KEYS = ("batch", "position", "kv_head", "d_head")
 
@@ -19,11 +19,11 @@ class KVCache(eqx.Module):
     hold nothing of use and are written over by its next tokens.
     """
 
-    keys: Float[Array, "layer batch position kv_head d_head"] | ParamSpec
-    values: Float[Array, "layer batch position kv_head d_head"] | ParamSpec
-    visible: Bool[Array, "batch position"] | ParamSpec
+    keys: Float[Array, "layer batch position kv_head d_head"] | Declaration
+    values: Float[Array, "layer batch position kv_head d_head"] | Declaration
+    visible: Bool[Array, "batch position"] | Declaration
     """Whether a slot holds a token that may be attended to: written, and no pad."""
-    length: Int[Array, " batch"] | ParamSpec
+    length: Int[Array, " batch"] | Declaration
     """Tokens of each sequence so far."""
 
     @staticmethod

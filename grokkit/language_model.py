@@ -36,9 +36,7 @@ from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
 
 Text = str | Sequence[str]
-Tokens = (
-    Text | Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "..."] | Int[Array, "..."]
-)
+Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "..."] | Int[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +232,8 @@ class LanguageModel:
         self,
         prompt: Text,
         max_len: int = 100,
-        temperature: float | int | Sequence[float] = 1.0,
-        top_p: float | int | Sequence[float] = 1.0,
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
     ) -> str | list[str]:
@@ -265,8 +263,8 @@ class LanguageModel:
         prompt: Text,
         captures: Captures = None,
         max_len: int = 100,
-        temperature: float | int | Sequence[float] = 1.0,
-        top_p: float | int | Sequence[float] = 1.0,
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
     ) -> tuple[list[str], ActivationCache]:
@@ -333,8 +331,8 @@ class LanguageModel:
         self,
         prompt: str,
         max_len: int = 100,
-        temperature: float | int = 1.0,
-        top_p: float | int = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         seed: int = 0,
         edits: Sequence[Edit] = (),
     ) -> Iterator[StreamedToken]:
@@ -380,7 +378,7 @@ def _release(tree: PyTree) -> PyTree:
             return a
         mesh = a.sharding.mesh
         return jax.device_put(
-            a, NamedSharding(Mesh(mesh.devices, mesh.axis_names), a.sharding.spec)
+            a, NamedSharding(Mesh(np.asarray(mesh.devices), mesh.axis_names), a.sharding.spec)
         )
 
     return jax.tree.map(release, tree)

@@ -109,11 +109,10 @@ class Grok(eqx.Module):
         tokens = jax.reshard(tokens, P("data", None))
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
         start = jax.reshard(start, P("data"))
-        if lengths is None:
-            lengths = jnp.full(batch, n, jnp.int32)
-        lengths = jax.reshard(lengths, P("data"))
+        counts = jnp.full(batch, n, jnp.int32) if lengths is None else lengths
+        counts = jax.reshard(counts, P("data"))
         positions = start[:, None] + jnp.arange(n, dtype=jnp.int32)
-        real = jnp.arange(n) < lengths[:, None]
+        real = jnp.arange(n) < counts[:, None]
         visible = real & (tokens != self.config.pad_token)
         if cache is not None:
             visible = mark_visible(cache.visible, visible, start)
@@ -122,10 +121,10 @@ class Grok(eqx.Module):
         x = outer("embed", self.embedding.embed(tokens) * self.config.embedding_multiplier)
         x, cache, captured = self._run_blocks(x, positions, visible, cache, captures, edits)
         if cache is not None:
-            cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + lengths))
+            cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + counts))
         if last_only:
-            x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-            outer.move_to((start + lengths - 1)[:, None])
+            x = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)
+            outer.move_to((start + counts - 1)[:, None])
         logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)), self.dtype)
         logits = outer("logits", logits * self.config.output_multiplier)
         return Output(logits, cache, captured | outer.captured)
@@ -149,7 +148,7 @@ class Grok(eqx.Module):
             return (x, cache), tap.captured
 
         layers = jnp.arange(self.config.n_layers)
-        some = {c.key: c.layers for c in captures if c.layers is not None}
+        some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
         xs = (self.blocks, layers)
         if not some:
             (x, cache), captured = jax.lax.scan(run, (x, cache), xs)
@@ -233,7 +232,7 @@ def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) 
     def one(spec: ParamSpec | QuantizedArray, key: PRNGKeyArray) -> Any:
         if isinstance(spec, ParamSpec):
             return spec.initialise(key)
-        weight: ParamSpec = spec.weight
+        weight: Any = spec.weight
         floats = jax.random.normal(key, weight.shape) * weight.init_scale
         return quantize(floats, spec.scales.shape[-2])
 

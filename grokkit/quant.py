@@ -13,7 +13,7 @@ from jaxtyping import Array, BFloat16, Float, Int8
 
 from grokkit.errors import GrokkitError
 from grokkit.numerics import einsum32
-from grokkit.sharding import ParamSpec
+from grokkit.sharding import Declaration
 
 
 class QuantizedArray(eqx.Module):
@@ -22,8 +22,8 @@ class QuantizedArray(eqx.Module):
     In a tree of declarations both leaves are `ParamSpec`s.
     """
 
-    weight: Int8[Array, "*lead k n"] | ParamSpec
-    scales: BFloat16[Array, "*lead g n"] | ParamSpec
+    weight: Int8[Array, "*lead k n"] | Declaration
+    scales: BFloat16[Array, "*lead g n"] | Declaration
 
     @property
     def shape(self) -> tuple[int, ...]:

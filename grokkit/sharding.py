@@ -8,7 +8,7 @@ initialisation all follow from the two.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,14 @@ class ParamSpec:
         return (jax.random.normal(key, self.shape) * self.init_scale).astype(self.dtype)
 
 
+if TYPE_CHECKING:
+    Declaration = Any
+else:
+    Declaration = ParamSpec
+"""What a field of a module may hold instead of its array, in a tree of declarations. To a type
+checker it is anything, since code that runs the module always meets the array."""
+
+
 def is_spec(x: Any) -> bool:
     """Whether `x` is a `ParamSpec`: the leaf test for trees of them."""
     return isinstance(x, ParamSpec)
@@ -121,7 +129,7 @@ def abstract(specs: PyTree, mesh: Mesh | None = None) -> PyTree:
 
 
 def make_mesh(
-    data: int = 1, model: int | None = None, devices: Sequence[jax.Device] | None = None
+    data: int = 1, model: int | None = None, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh with axes `data` (batch) and `model` (heads and hidden units).
 

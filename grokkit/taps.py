@@ -7,7 +7,7 @@ tap is the identity and leaves no trace in the compiled program.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +125,14 @@ class Capture:
         """Name under which the result is found."""
         return self.name or self.site
 
+    @property
+    def layer_numbers(self) -> tuple[int, ...] | None:
+        """Which layers, as given; `None` for all."""
+        return cast("tuple[int, ...] | None", self.layers)
+
     def resolve(self, n_layers: int, n_positions: int) -> "Capture":
         """The same with every layer and position counted from 0 and checked against the model."""
-        layers = self.layers
+        layers = self.layer_numbers
         if layers is not None:
             layers = tuple(_from_zero(i, n_layers, self.site, "layer") for i in layers)
             if len(set(layers)) < len(layers):

@@ -123,7 +123,9 @@ def logit_attribution(
     total = picked[0] if len(ids) == 1 else picked[0] - picked[1]
     stream = np.asarray(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        direction = _logit_direction(lm.model, stream, tuple(i.astype(np.int32) for i in ids))
+        direction = _logit_direction(
+            lm.model, stream, tuple(jnp.asarray(i, jnp.int32) for i in ids)
+        )
     return _attribute(lm, cache, direction, total, places, lm.config.n_layers, True)
 
 
@@ -178,7 +180,7 @@ def router_attribution(
     total = np.einsum("bpte,bpe->bpt", sign, logits)
     stream = np.asarray(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        direction = _router_direction(lm.model, stream, sign, layer)
+        direction = _router_direction(lm.model, jnp.asarray(stream), jnp.asarray(sign), layer)
     return _attribute(lm, cache, direction, total, places, layer + 1, False)
 
 

@@ -140,7 +140,7 @@ def logit_lens(
         at = slice(min(start, n - step), min(start, n - step) + step)
         whole = _place(lm, (stream[:, :, at], final[:, at], maps))
         with jax.set_mesh(lm.mesh):
-            piece = _read(lm.model, *whole, top)
+            piece = _read(lm.model, whole[0], whole[1], whole[2], top)
         fresh = slice(start - at.start, None)
         found.append([np.asarray(p)[:, :, fresh] for p in piece])
     kl, log_probs, ids = (np.concatenate(p, axis=2) for p in zip(*found, strict=True))
@@ -197,8 +197,8 @@ def fit_tuned_lens(
     def update(model: Grok, lens: TunedLens, state: Any, stream: Array, final: Array) -> Any:
         losses, gradients = _losses(model, lens, stream, final)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integers
-            updates, state = optimizer.update(gradients, state, lens)
-        return optax.apply_updates(lens, updates), state, losses
+            updates, state = optimizer.update(gradients, state, lens)  # pyright: ignore[reportArgumentType]
+        return optax.apply_updates(lens, updates), state, losses  # pyright: ignore[reportArgumentType]
 
     rng, order, history = np.random.default_rng(seed), np.empty(0, int), []
     for _ in tqdm(range(steps), desc="tuned lens", disable=not progress):

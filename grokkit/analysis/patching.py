@@ -9,7 +9,7 @@ Syed et al., arXiv 2310.10348).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from tqdm.auto import tqdm
 
 from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
-from grokkit.edits import Add, Edit, resolve, site_shape
+from grokkit.edits import Add, resolve, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.model import Grok
@@ -29,7 +29,8 @@ from grokkit.model import Grok
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
 plain function is part of the compiled program; of an `eqx.Module` the arrays are inputs, so that
-other values compile nothing."""
+other values compile nothing. A metric whose attribute `last_only` is true gets the logits of the
+last position alone, as one position, which saves making the others."""
 
 __all__ = [
     "Experts", "Grid", "Heads", "LogitDifference", "Metric", "Positions", "Sweep",
@@ -48,6 +49,11 @@ class LogitDifference(eqx.Module):
         """`against` may be left out, for the logit of `token` alone."""
         self.token, self.position = jnp.asarray(token), position
         self.against = None if against is None else jnp.asarray(against)
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the other positions' logits are not looked at."""
+        return self.position == -1
 
     def __call__(self, logits: Float[Array, "batch position vocab"]) -> Float[Array, " batch"]:
         """The difference for each row."""
@@ -112,8 +118,8 @@ def patch(
     - `clean`, `corrupted`: one prompt each, text or token ids, of as many tokens.
     - `metric`: of the logits [row, position, vocab], one number a row.
     - `grid`: `Positions(site)`, `Heads(site)` or `Experts()`.
-    - `rows`: cases that run at once; by default as many as keep the logits below 256 MiB, 64 at
-        most. All chunks, and other prompts of equal length, share one compiled program.
+    - `rows`: most cases that run at once; by default as many as keep the logits below 256 MiB, 32
+        at most. All chunks, and other prompts of equal length, share one compiled program.
     - `progress`: show a progress bar, in cases.
 
     **Returns:** a `Sweep`.
@@ -183,21 +189,33 @@ def attribution_patch(
 
 @eqx.filter_jit
 def _measure(
-    model: Grok, ids: Array, lengths: Array, edits: tuple[Edit, ...], metric: Metric
+    model: Grok,
+    ids: Array | np.ndarray,
+    lengths: Array | np.ndarray,
+    edits: tuple[Any, ...],
+    metric: Metric,
 ) -> Float[Array, " batch"]:
     return _metric_of(model, ids, lengths, edits, metric)
 
 
 def _metric_of(
-    model: Grok, ids: Array, lengths: Array, edits: tuple[Edit, ...], metric: Metric
+    model: Grok,
+    ids: Array | np.ndarray,
+    lengths: Array | np.ndarray,
+    edits: tuple[Any, ...],
+    metric: Metric,
 ) -> Float[Array, " batch"]:
-    logits = model(jnp.asarray(ids), lengths=jnp.asarray(lengths), edits=edits).logits
+    last_only = getattr(metric, "last_only", False)
+    ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
+    logits = model(ids, lengths=lengths, edits=edits, last_only=last_only).logits
     # Whole on every device, so that a metric may index as it likes.
     return metric(jax.reshard(logits, P()))
 
 
 @eqx.filter_jit
-def _gradient(model: Grok, ids: Array, lengths: Array, edit: Add, metric: Metric) -> Array:
+def _gradient(
+    model: Grok, ids: Array | np.ndarray, lengths: Array | np.ndarray, edit: Add, metric: Metric
+) -> Array:
     """Derivative of the first row's metric by what is added at a site."""
 
     def value(added: Array) -> Array:
@@ -244,13 +262,14 @@ def _one_prompt(lm: LanguageModel, tokens: Tokens, what: str) -> Int[np.ndarray,
 
 
 def _rows(lm: LanguageModel, n_positions: int, n_cases: int, rows: int | None) -> int:
-    """Cases at once: a multiple of the mesh's data axis, no more than there are."""
+    """Cases at once: chunks of about one size, and a multiple of the mesh's data axis."""
     if rows is not None and rows < 1:
         raise PromptError(f"rows: expected at least 1, found {rows}")
     if rows is None:
-        rows = min(64, max(1, 2**28 // (4 * n_positions * lm.config.vocab_size)))
+        rows = min(32, max(1, 2**28 // (4 * n_positions * lm.config.vocab_size)))
+    chunks = -(-n_cases // rows)
     data = lm.mesh.shape["data"]
-    return -(-min(rows, n_cases) // data) * data
+    return -(-n_cases // (chunks * data)) * data
 
 
 def _on_every_device(lm: LanguageModel, tree: PyTree) -> PyTree:

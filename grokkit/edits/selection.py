@@ -117,8 +117,8 @@ def _mask(selector: Selector, size: int, n_rows: int, what: str) -> np.ndarray:
 def _position_mask(selector: Selector, lengths: np.ndarray, context: int, what: str) -> np.ndarray:
     """Positions as a mask over the whole context, for each row if its length matters."""
     what = f"{what}: positions"
-    array = None if isinstance(selector, slice) else np.asarray(selector)
-    if array is not None and array.dtype == bool:
+    array = np.asarray(0 if isinstance(selector, slice) else selector)
+    if array.dtype == bool:
         if array.ndim not in (1, 2) or array.shape[-1] > context:
             raise SiteError(f"{what}: a boolean selection must be [position] or [batch, position] "
                             f"of at most {context}, found {array.shape}")  # fmt: skip
@@ -131,10 +131,11 @@ def _position_mask(selector: Selector, lengths: np.ndarray, context: int, what: 
         if isinstance(selector, slice):
             start, stop, step = selector.start, selector.stop, selector.step
             from_end = [i + length if i is not None and i < 0 else i for i in (start, stop)]
-            row[slice(*from_end, step)] = True
+            row[slice(from_end[0], from_end[1], step)] = True
         else:
-            row |= _mask([i % length if -length <= i < 0 else i for i in np.atleast_1d(array).tolist()],
-                         context, 1, what)  # fmt: skip
+            indices = np.atleast_1d(array).tolist()
+            from_start = [i % length if -length <= i < 0 else i for i in indices]
+            row |= _mask(from_start, context, 1, what)
     if not out.any():
         raise SiteError(f"{what}: the selection is empty, so the edit would do nothing")
     return out

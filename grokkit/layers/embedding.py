@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from grokkit.config import GrokConfig
 from grokkit.numerics import einsum32
-from grokkit.sharding import ParamSpec
+from grokkit.sharding import Declaration, ParamSpec
 
 
 class Embedding(eqx.Module):
     """The table that reads tokens in and writes logits out, cut along d_model."""
 
-    weight: Float[Array, "vocab d_model"] | ParamSpec
+    weight: Float[Array, "vocab d_model"] | Declaration
 
     @staticmethod
     def specs(config: GrokConfig) -> "Embedding":

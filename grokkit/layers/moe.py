@@ -12,7 +12,7 @@ from grokkit.config import GrokConfig
 from grokkit.layers.experts import expert_outputs
 from grokkit.layers.router import Routing, route
 from grokkit.quant import QuantizedArray
-from grokkit.sharding import ParamSpec
+from grokkit.sharding import Declaration, ParamSpec
 from grokkit.taps import Tap
 
 _ROWS = P("data", None, None)
@@ -21,7 +21,7 @@ _ROWS = P("data", None, None)
 class MoE(eqx.Module):
     """Router and experts of one layer; every expert is cut along its hidden units."""
 
-    router: Float[Array, "*layer d_model expert"] | ParamSpec
+    router: Float[Array, "*layer d_model expert"] | Declaration
     gate: QuantizedArray | Float[Array, "*layer expert d_model d_ff"]
     value: QuantizedArray | Float[Array, "*layer expert d_model d_ff"]
     out: QuantizedArray | Float[Array, "*layer expert d_ff d_model"]

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grokkit.config import GrokConfig
-from grokkit.sharding import ParamSpec
+from grokkit.sharding import Declaration, ParamSpec
 
 
 class RMSNorm(eqx.Module):
     """`x / sqrt(mean(x**2) + eps) * scale`, in float32."""
 
-    scale: Float[Array, "*layer d_model"] | ParamSpec
+    scale: Float[Array, "*layer d_model"] | Declaration
     eps: float = eqx.field(static=True)
 
     @staticmethod

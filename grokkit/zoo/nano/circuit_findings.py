@@ -65,6 +65,7 @@ def _copying(
     harm = tables_of.single_harm(lm, kinds[0], base)
     table, figures = tables_of.knockout_table(lm, kinds, sets)
     best = induction[0]
+    worst = tables_of.ranked(harm, 1)[0]
     correlation = np.corrcoef(scores.induction.ravel(), harm.ravel())[0, 1]
     none = figures["none"]
     first = next(iter(sets))
@@ -83,7 +84,8 @@ def _copying(
         + ".",
         (
             f"Over all heads, the induction score and the harm of silencing that head alone "
-            f"correlate at {correlation:+.2f}."
+            f"correlate at {correlation:+.2f}; silencing L{worst[0]}H{worst[1]} alone harms most, by "
+            f"{harm[worst]:+.3f} nats a token."
         ),
     ]
     return {"heads": tables_of.heads_table(scores, harm), "knockout": table}, sentences

@@ -1,7 +1,7 @@
 """The measurements behind docs/findings-circuits.md: copying, sums, lenses. One table each."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ def matched_heads(
 def knockout_table(
     lm: LanguageModel,
     kinds: Sequence[Copies],
-    sets: dict[str, Sequence[tuple[int, int]]],
+    sets: Mapping[str, Sequence[tuple[int, int]]],
     draws: int = 5,
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """Benefit of the repetition with sets of heads silent, and with other heads of their layers.

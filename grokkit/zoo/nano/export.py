@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,8 @@ def save_floats(path: Path, params: Params, step: int) -> None:
         named |= {f"layers/{i}/{name}": value for name, value in layer.items()}
     partial = path.with_name(path.stem + ".partial.npz")
     try:
-        np.savez(partial, step=step, **{name: np.asarray(v) for name, v in named.items()})
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in named.items()}
+        np.savez(partial, step=step, **arrays)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

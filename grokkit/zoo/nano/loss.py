@@ -4,12 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 LOSS_CHUNK = 1024  # tokens whose logits exist at the same time
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def weighted_loss(states, embedding, targets, weights, multiplier):
+def weighted_loss(states, embedding, targets, weights, multiplier) -> Array:
     """Mean cross-entropy in nats, weighted, with the logits of a chunk of tokens at a time.
 
     Args:
@@ -25,7 +26,7 @@ def weighted_loss(states, embedding, targets, weights, multiplier):
 def _loss_and_gradients(states, embedding, targets, weights, multiplier):
     n = states.shape[0]
     total = jnp.sum(weights)
-    loss, state_grads, embedding_grad = 0.0, [], 0.0
+    loss, state_grads, embedding_grad = jnp.zeros(()), [], jnp.zeros(embedding.T.shape)
     for start in range(0, n, LOSS_CHUNK):
         part = slice(start, start + LOSS_CHUNK)
         logits = (states[part] @ embedding.T) * multiplier

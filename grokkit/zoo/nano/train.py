@@ -104,7 +104,7 @@ def make_step(recipe: Recipe) -> Callable:
 def save_state(path: Path, state: State) -> None:
     """Write a state under a temporary name and rename it: arrays only, nothing pickled."""
     leaves = jax.tree.leaves((state.params, state.optimizer))
-    arrays = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    arrays: dict[str, Any] = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
     partial = path.with_name(path.stem + ".partial.npz")
     try:
         np.savez(partial, step=state.step, decay=state.decay, **arrays)

@@ -178,7 +178,7 @@ def attention(layer: Params, x: Float[Array, "b t d"], config: GrokConfig) -> Fl
     for start in range(0, t, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, t)
         block = q[:, :, start:end].reshape(b * kv, groups * (end - start), d_head)
-        out = _attend(block, k[:, :end], v[:, :end], start, config)
+        out: Array = _attend(block, k[:, :end], v[:, :end], start, config)
         outs.append(out.reshape(b, kv, groups, end - start, d_head))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, -1) @ layer["out"]
@@ -359,7 +359,7 @@ def training_loss(
         The loss in nats, and a report: `loss` without balancing, `load`, `dropped`.
     """
     states, report = hidden_states(params, windows[:, :-1], config, capacity_factor)
-    loss = weighted_loss(
+    loss: Array = weighted_loss(
         states.reshape(-1, states.shape[-1]),
         params["embedding"],
         windows[:, 1:].reshape(-1),
