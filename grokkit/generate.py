@@ -247,17 +247,20 @@ def _rounds(
         cache, draw, captured = _prefill(model, tokens, lengths, cache, on_rows, captures, edits)
         token = draw.token
     pending = Piece(jax.tree.map(lambda a: a[None], _to_host_async(draw)), captured)
-    done = 1
+    yield pending  # at once: the first token need not wait for the decode step's compilation
+    pending, done = None, 1
     while done < max_len:
         with jax.set_mesh(mesh):
             cache, token, draws, captured = _decode(
                 model, cache, token, on_rows, block, captures, edits
             )
         # The next block is under way on the device while this one's tokens are read.
-        yield pending
+        if pending is not None:
+            yield pending
         pending = Piece(_to_host_async(draws), captured)
         done += block
-    yield pending
+    if pending is not None:
+        yield pending
 
 
 def _to_host_async(tree: PyTree[Array]) -> PyTree[Array]:

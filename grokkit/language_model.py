@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from grokkit import compilation_cache
 from grokkit.activation_cache import ActivationCache
@@ -30,7 +30,7 @@ from grokkit.inspection import (
     bill,
 )
 from grokkit.model import Grok, Output, check_mesh, param_specs
-from grokkit.sharding import make_mesh
+from grokkit.sharding import make_mesh, release
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
@@ -199,7 +199,7 @@ class LanguageModel:
     ) -> Output:
         resolved = self._resolve(edits, lengths.tolist())
         with jax.set_mesh(self.mesh):
-            return _release(_forward(self.model, ids, lengths, captures, resolved))
+            return release(_forward(self.model, ids, lengths, captures, resolved))
 
     def prepare(
         self, tokens: Tokens
@@ -364,24 +364,6 @@ class LanguageModel:
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         decoder = self.tokenizer.stream_decoder(prompt)
         return "".join(decoder.push(token) for token in new)
-
-
-def _release(tree: PyTree) -> PyTree:
-    """The same arrays on a mesh with automatic axes, without a copy.
-
-    Inside the model, layouts are part of the types and an ambiguous one is an error; in a
-    notebook `logits[0, -1]` should just work.
-    """
-
-    def release(a: Array) -> Array:
-        if not isinstance(a.sharding, NamedSharding):
-            return a
-        mesh = a.sharding.mesh
-        return jax.device_put(
-            a, NamedSharding(Mesh(np.asarray(mesh.devices), mesh.axis_names), a.sharding.spec)
-        )
-
-    return jax.tree.map(release, tree)
 
 
 def default_mesh(config: GrokConfig) -> Mesh:

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -17,7 +17,7 @@ from grokkit.layers.embedding import Embedding
 from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
 from grokkit.quant import QuantizedArray, quantize
-from grokkit.sharding import ParamSpec, is_spec, shardings
+from grokkit.sharding import ParamSpec, is_spec, release, shardings
 from grokkit.taps import Capture, Change, Tap
 
 
@@ -128,6 +128,13 @@ class Grok(eqx.Module):
         logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)), self.dtype)
         logits = outer("logits", logits * self.config.output_multiplier)
         return Output(logits, cache, captured | outer.captured)
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        """Show the arrays on a mesh that treescope can summarise them on."""
+        layout = getattr(self.embedding.weight, "sharding", None)
+        if not isinstance(layout, NamedSharding) or layout.mesh.are_all_axes_auto:
+            return NotImplemented
+        return subtree_renderer(release(self), path=path)
 
     def _run_blocks(
         self,

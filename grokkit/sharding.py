@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
@@ -180,6 +181,24 @@ def virtual_devices(count: int = 8) -> None:
             f"{count} any more. Restart the kernel and call grokkit.virtual_devices({count}) in "
             f"the first cell, before any array is made."
         ) from e
+
+
+def release(tree: PyTree) -> PyTree:
+    """The same arrays on a mesh with automatic axes, without a copy.
+
+    Inside the model, layouts are part of the types and an ambiguous one is an error; in a
+    notebook `logits[0, -1]` should just work.
+    """
+
+    def release(a: Array) -> Array:
+        if not isinstance(a.sharding, NamedSharding):
+            return a
+        mesh = a.sharding.mesh
+        return jax.device_put(
+            a, NamedSharding(Mesh(np.asarray(mesh.devices), mesh.axis_names), a.sharding.spec)
+        )
+
+    return jax.tree.map(release, tree)
 
 
 def describe_layout(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> str:

@@ -311,3 +311,11 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(lm8):
 def test_missing_directory_is_refused_by_name(tmp_path):
     with pytest.raises(GrokkitError, match="nowhere"):
         grokkit.load(tmp_path / "nowhere")
+
+
+def test_treescope_shows_a_model_on_eight_devices(tiny_lm):
+    import treescope
+
+    shown = treescope.render_to_text(tiny_lm.model)
+    assert shown.startswith("Grok(")
+    assert "router" in shown

@@ -9,7 +9,7 @@ Syed et al., arXiv 2310.10348).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -154,7 +154,7 @@ def attribution_patch(
     corrupted: Tokens,
     metric: Metric,
     grid: Grid,
-    at: Literal["corrupted", "clean"] = "corrupted",
+    at: str = "corrupted",
 ) -> Sweep:
     """Estimate a sweep from one gradient: its product with the change of the activation.
 

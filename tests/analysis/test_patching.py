@@ -1,5 +1,7 @@
 """Patching sweeps against a float64 forward pass patched by hand, case by case."""
 
+import dataclasses
+
 import equinox as eqx
 import numpy as np
 import pytest
@@ -126,7 +128,7 @@ TRACED = []
 
 class Counting(LogitDifference):
     def __call__(self, logits):
-        if not isinstance(logits, np.ndarray) and eqx.is_array(logits) and logits.shape[0] == 16:
+        if logits.shape[0] > 1:  # one row is the two whole runs' own metric, not compiled
             TRACED.append(logits.shape)
         return super().__call__(logits)
 
@@ -181,7 +183,8 @@ def test_estimate_is_the_first_order(
 def test_estimates_resemble_patching(tiny_config):
     """Where attention and experts add little to the stream, a sweep is nearly linear."""
     mesh = grokkit.make_mesh(1, 1)
-    model = random_model(tiny_config, 1)
+    loud = dataclasses.replace(tiny_config, embedding_multiplier=32**0.5, output_multiplier=4.0)
+    model = random_model(loud, 1)
     blocks = model.blocks
     quiet = eqx.tree_at(
         lambda b: (b.attn_out_norm.scale, b.moe_out_norm.scale),
