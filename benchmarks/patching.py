@@ -18,18 +18,11 @@ from grokkit.analysis.patching import LogitDifference, Positions, patch
 BOUND = 5.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--length", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    grokkit.virtual_devices(options.devices)
-    mesh = grokkit.make_mesh(1, options.devices)
-    lm = grokkit.load("nano", mesh=mesh, dtype="float32", progress=False)
+def compare(lm: grokkit.LanguageModel, length: int, rounds: int) -> str:
+    """Time prompts of one length; a line of the table."""
     rng = np.random.default_rng(0)
-    clean, corrupted = rng.integers(300, lm.config.vocab_size, (2, 1, options.length))
-    metric, shape = LogitDifference(400, 500), (lm.config.n_layers, options.length)
+    clean, corrupted = rng.integers(300, lm.config.vocab_size, (2, 1, length))
+    metric, shape = LogitDifference(400, 500), (lm.config.n_layers, length)
 
     def sweep() -> np.ndarray:
         return patch(lm, clean, corrupted, metric, Positions("resid_pre"), progress=False).values
@@ -47,20 +40,32 @@ def main() -> None:
         return values
 
     np.testing.assert_allclose(sweep(), loop(), atol=1e-3)
-    times: dict[str, list[float]] = {"one sweep": [], "loop of passes": []}
-    for _ in range(options.rounds):
-        for name, run in zip(times, (sweep, loop), strict=True):
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for seconds, run in zip(times, (sweep, loop), strict=True):
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
-    print(f"nano, {shape[0]} layers x {shape[1]} positions = {np.prod(shape)} cases, "
-          f"{options.devices} device(s), float32, {options.rounds} alternated rounds")  # fmt: skip
-    for name, seconds in times.items():
-        print(f"  {name:15} median {statistics.median(seconds):7.2f} s   "
-              f"{min(seconds):.2f} to {max(seconds):.2f}")  # fmt: skip
-    fast, slow = (statistics.median(seconds) for seconds in times.values())
-    print(f"  loop / sweep: {slow / fast:.1f}; bound {BOUND:g}: "
-          f"{'met' if slow / fast >= BOUND else 'MISSED'}")  # fmt: skip
+            seconds.append(time.perf_counter() - start)
+    fast, slow = (statistics.median(seconds) for seconds in times)
+    verdict = "met" if slow / fast >= BOUND else "MISSED"
+    return (f"  {shape[0]} x {length:2} = {np.prod(shape):3} cases: sweep {fast:5.2f} s "
+            f"({min(times[0]):.2f} to {max(times[0]):.2f}), loop {slow:5.2f} s ({min(times[1]):.2f} "
+            f"to {max(times[1]):.2f}), loop / sweep {slow / fast:.1f}: {verdict}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    grokkit.virtual_devices(options.devices)
+    mesh = grokkit.make_mesh(1, options.devices)
+    lm = grokkit.load("nano", mesh=mesh, dtype="float32", progress=False)
+    print(f"nano, layers x positions, {options.devices} device(s), float32, medians of "
+          f"{options.rounds} alternated rounds; bound {BOUND:g}")  # fmt: skip
+    for length in options.lengths:
+        print(compare(lm, length, options.rounds), flush=True)
 
 
 if __name__ == "__main__":
