@@ -200,7 +200,6 @@ def test_estimates_resemble_patching(tiny_config):
     for grid, least in ((Positions("attn_out"), 0.999), (Heads(), 0.5), (Experts(), 0.5)):
         exact = patch(lm, a, b, METRIC, grid, progress=False).effect
         estimate = attribution_patch(lm, a, b, METRIC, grid).effect
-        print(grid.axis, np.corrcoef(exact.ravel(), estimate.ravel())[0,1], exact, estimate)
         assert np.corrcoef(exact.ravel(), estimate.ravel())[0, 1] > least
 
 
