@@ -292,9 +292,9 @@ PROMPTS = ["The quick brown fox", "Two and"]
 
 
 def test_generate_with_edits_equals_full_forward_passes(tiny_lm):
-    texts = tiny_lm.generate(PROMPTS, max_len=6, temperature=0, edits=EDITS)
+    texts = tiny_lm.generate(PROMPTS, max_len=6, temperature=0.0, edits=EDITS)
     for prompt, text in zip(PROMPTS, texts, strict=True):
-        pieces = list(tiny_lm.stream(prompt, max_len=6, temperature=0, edits=EDITS))
+        pieces = list(tiny_lm.stream(prompt, max_len=6, temperature=0.0, edits=EDITS))
         assert "".join(map(str, pieces)) == text
         ids = tiny_lm.tokenizer.encode(prompt)
         for piece in pieces:
@@ -304,11 +304,11 @@ def test_generate_with_edits_equals_full_forward_passes(tiny_lm):
 
 
 def test_generation_captures_equal_the_full_forward(tiny_lm):
-    texts, cache = tiny_lm.generate_with_cache(PROMPTS, max_len=5, temperature=0, edits=EDITS)
+    texts, cache = tiny_lm.generate_with_cache(PROMPTS, max_len=5, temperature=0.0, edits=EDITS)
     assert len(texts) == 2
     assert set(cache) == set(grokkit.SITES)
     for row, prompt in enumerate(PROMPTS):
-        pieces = list(tiny_lm.stream(prompt, max_len=5, temperature=0, edits=EDITS))
+        pieces = list(tiny_lm.stream(prompt, max_len=5, temperature=0.0, edits=EDITS))
         ids = tiny_lm.tokenizer.encode(prompt) + [p.id for p in pieces][:-1]
         _, full = tiny_lm.run_with_cache(np.array([ids]), edits=EDITS)
         for name, entry in full.entries.items():

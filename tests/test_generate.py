@@ -206,7 +206,7 @@ def prompts(golden_arrays):
 
 
 def test_greedy_continuations_of_prompts_of_different_lengths(lm8, prompts, golden_weights):
-    found = continue_golden(lm8, prompts, Sampling(temperature=0)).token.T
+    found = continue_golden(lm8, prompts, Sampling(temperature=0.0)).token.T
     for row, prompt in zip(found, prompts, strict=True):
         exact, gaps = reference.greedy(golden_weights, lm8.config, prompt, 24)
         assert min(gaps) > 1e-5
@@ -231,7 +231,7 @@ def test_settings_and_seeds_can_be_given_for_each_prompt(lm8, prompts):
     each = continue_golden(
         lm8, prompts, Sampling(temperature=[0.0, 1.5], top_p=[1.0, 0.8], seed=[9, 4])
     ).token
-    greedy = continue_golden(lm8, prompts, Sampling(temperature=0)).token
+    greedy = continue_golden(lm8, prompts, Sampling(temperature=0.0)).token
     seeded = continue_golden(lm8, prompts, Sampling(temperature=1.5, top_p=0.8, seed=3)).token
     np.testing.assert_array_equal(each[:, 0], greedy[:, 0])
     np.testing.assert_array_equal(each[:, 1], seeded[:, 1])  # seed 3 + 1
