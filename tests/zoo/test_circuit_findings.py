@@ -10,12 +10,13 @@ import reference
 from helpers import random_model
 
 import grokkit
+from grokkit.errors import GrokkitError
 from grokkit.model import place
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo.nano import circuit_findings, circuit_tables
 
 PAGE = Path(__file__).parents[2] / "docs" / "findings-circuits.md"
-PASSAGES = ["The quick brown fox jumps over the lazy dog. " * 4, "Two and two make four; " * 8] * 2
+PASSAGES = ["The quick brown fox jumps over the lazy dog. " * 4, "Two and two make four; " * 16] * 4
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,11 @@ def test_the_page_has_a_place_for_each_table():
     sums = [f"sum-{question.name}" for question in circuit_tables.QUESTIONS]
     expected = ["summary", "heads", "knockout", *sums, "sum-stream", "sum-knockout", "lens"]
     assert places == expected
+
+
+def test_too_little_text(lm):
+    with pytest.raises(GrokkitError, match="at least 4 passages of 96 tokens, .* found 0 passages"):
+        circuit_findings.measure(lm, ["Too short."] * 8)
 
 
 @pytest.mark.slow

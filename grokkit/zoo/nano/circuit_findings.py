@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from grokkit.errors import GrokkitError
 from grokkit.language_model import LanguageModel, load
 from grokkit.sharding import make_mesh
 from grokkit.zoo.nano import circuit_tables as tables_of
@@ -36,13 +37,18 @@ def measure(
     - `count`, `length`: copied sequences of each kind, and tokens of a half.
     - `n_sums`: held-out sums with answers of two digits.
     - `lens_steps`: steps of the tuned lens.
+
+    **Raises:** `GrokkitError` if there is too little text.
     """
-    tables, summary = _copying(lm, passages, count, length)
-    sums, more = _sums(lm, n_sums, progress)
     n = min(96, lm.config.context_length)
     rows = [lm.tokenizer.encode(text)[:n] for text in passages]
     ids = np.array([row for row in rows if len(row) == n])
+    if len(ids) < 4 or n < 2 * length:
+        raise GrokkitError(f"expected at least 4 passages of {n} tokens, and copies of at most "
+                           f"{n // 2}; found {len(ids)} passages, and copies of {length}")  # fmt: skip
     held = np.arange(len(ids)) % 4 == 3
+    tables, summary = _copying(lm, passages, count, length)
+    sums, more = _sums(lm, n_sums, progress)
     tables |= sums | {"lens": tables_of.lens_table(lm, ids[~held], ids[held], lens_steps, progress)}
     tables["summary"] = "\n".join(f"- {sentence}" for sentence in summary + more)
     return tables

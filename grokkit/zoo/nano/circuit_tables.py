@@ -366,7 +366,7 @@ def _parse(name: str) -> tuple[str, int, int]:
 def lens_table(
     lm: LanguageModel,
     fit_on: Int[np.ndarray, "sequence position"],
-    read_on: Int[np.ndarray, "sequence position"],
+    read_on: Int[np.ndarray, "sequence2 position"],
     steps: int,
     progress: bool = True,
 ) -> str:
