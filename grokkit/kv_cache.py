@@ -73,18 +73,12 @@ def write(
             buffer = jax.lax.dynamic_update_slice(buffer, update, (layer, row, start[row], 0, 0))
         return buffer
 
-    cache_spec = partition_spec(("layer", *_KEYS))
-    layer = jnp.asarray(layer, jnp.int32)
-    return jax.shard_map(
-        local,
-        in_specs=(
-            cache_spec,
-            partition_spec(_KEYS),
-            partition_spec(()),
-            partition_spec(("batch",)),
-        ),
-        out_specs=cache_spec,
-    )(buffer, new, layer, start)
+    cache, keys, rows = (partition_spec(a) for a in (("layer", *_KEYS), _KEYS, ("batch",)))
+    # Slicing forgets the layout of a batch of one.
+    new, start = jax.reshard((new, start), (keys, rows))
+    return jax.shard_map(local, in_specs=(cache, keys, partition_spec(()), rows), out_specs=cache)(
+        buffer, new, jnp.asarray(layer, jnp.int32), start
+    )
 
 
 def mark_visible(
@@ -99,7 +93,7 @@ def mark_visible(
             visible, new, start
         )
 
-    spec = partition_spec(("batch", "position"))
-    return jax.shard_map(local, in_specs=(spec, spec, partition_spec(("batch",))), out_specs=spec)(
-        visible, new, start
+    spec, rows = partition_spec(("batch", "position")), partition_spec(("batch",))
+    return jax.shard_map(local, in_specs=(spec, spec, rows), out_specs=spec)(
+        visible, *jax.reshard((new, start), (spec, rows))
     )

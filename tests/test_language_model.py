@@ -313,6 +313,8 @@ def test_missing_directory_is_refused_by_name(tmp_path):
         grokkit.load(tmp_path / "nowhere")
 
 
+# treescope looks at all of numpy, chararray included, which numpy 2.5 deprecates.
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
 def test_treescope_shows_a_model_on_eight_devices(tiny_lm):
     import treescope
 

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grokkit.config import GrokConfig
@@ -15,6 +16,9 @@ from grokkit.numerics import einsum32
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec
 from grokkit.taps import Tap
+
+_HEADS = P("data", None, "model")
+_SCORES = P("data", "model")
 
 
 class Attention(eqx.Module):
@@ -86,8 +90,10 @@ class Attention(eqx.Module):
             keys = write(cache.keys, k, layer, start)
             values = write(cache.values, v, layer, start)
             cache = eqx.tree_at(lambda c: (c.keys, c.values), cache, (keys, values))
-            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+            k, v = (
+                jax.reshard(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), _HEADS)
+                for a in (keys, values)
+            )
         key_positions = jnp.arange(k.shape[1])
         mask = (key_positions <= positions[:, :, None]) & visible[:, None, :]
         z = tap("z", _attend(q, k, v, mask, config, dtype, tap))
@@ -96,7 +102,12 @@ class Attention(eqx.Module):
 
 
 def _split_heads(x: Array, d_head: int) -> Array:
-    return x.reshape(*x.shape[:-1], x.shape[-1] // d_head, d_head)
+    return _reshape(x, (*x.shape[:-1], x.shape[-1] // d_head, d_head), _HEADS)
+
+
+def _reshape(x: Array, shape: tuple[int, ...], layout: P) -> Array:
+    """`x.reshape(shape)` in a stated layout: JAX drops that of an axis of one, as a batch may be."""
+    return jax.reshard(x.reshape(shape), layout)
 
 
 def _attend(
@@ -114,9 +125,10 @@ def _attend(
     """
     batch, queries, n_heads, d_head = q.shape
     n_kv_heads = k.shape[2]
-    grouped = q.reshape(batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head)
+    grouped = _reshape(q, (batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head), _HEADS)
     scores = einsum32("bqngd,bknd->bngqk", grouped, k, dtype)
-    scores = scores.reshape(batch, n_heads, queries, -1) * config.attention_multiplier
+    scores = _reshape(scores, (batch, n_heads, queries, k.shape[1]), _SCORES)
+    scores = scores * config.attention_multiplier
     scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
     mask = mask[:, None]
     # Masked again after the tap: an edit of a score cannot make a hidden key visible.
@@ -125,6 +137,6 @@ def _attend(
     exp = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isinf(largest), 0, largest)), 0)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     pattern = tap("pattern", exp / jnp.where(total == 0, 1, total))
-    weights = pattern.reshape(batch, n_kv_heads, -1, queries, pattern.shape[-1])
+    weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[1]), _SCORES)
     z = einsum32("bngqk,bknd->bqngd", weights, v, dtype)
-    return z.reshape(batch, queries, n_heads, d_head)
+    return _reshape(z, (batch, queries, n_heads, d_head), _HEADS)
