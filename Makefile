@@ -1,9 +1,13 @@
 # `make demo` and `make test` need python3 (3.11 or newer), pip, make and git; both set up .venv.
 # Another interpreter: make test PYTHON=python3.12 VENV=.venv312
+# JOBS is the number of test processes; one test: make test PYTEST_ARGS="tests/test_quant.py -x"
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
+# A file's tests stay in one process: a notebook's cells must, and fixtures are then made once.
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check -qq
 
 .PHONY: help demo test test-slow lint format docs bench clean
@@ -22,10 +26,10 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m grokkit.demo
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check
