@@ -171,7 +171,7 @@ def read_spanish(downloads: Path) -> Documents:
     Not one a book: two books would be all of the held-out text, and books differ too much.
     """
     try:
-        from pysword.modules import SwordModules
+        from pysword.modules import SwordModules  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise GrokkitError(f"spanish: the package pysword is missing; {_INSTALL}") from error
     tree = unpack_debian("sword-text-sparv", downloads)
