@@ -1,4 +1,4 @@
-"""Figures: arrays in, a matplotlib figure out. Nothing here knows a model."""
+"""Figures of where routers send tokens."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,7 @@ from jaxtyping import Array, Float, Int
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-EXPERT_COLOURS = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#555555",
-)  # fmt: skip
-"""One colour for each expert, in all figures: Okabe and Ito's palette, which most colour-blind
-people can tell apart."""
+from grokkit.plots.style import EXPERT_COLOURS, token_label
 
 
 def chosen_experts(
@@ -52,7 +48,7 @@ def chosen_experts(
     axes = figure.add_subplot()
     axes.imshow(image, aspect="auto", origin="lower", interpolation="none",
                 extent=(-0.5, n - 0.5, -0.5, n_layers - 0.5))  # fmt: skip
-    axes.set_xticks(np.arange(n), [_label(t) for t in tokens], rotation=60, ha="right",
+    axes.set_xticks(np.arange(n), [token_label(t) for t in tokens], rotation=60, ha="right",
                     rotation_mode="anchor", fontsize=9)  # fmt: skip
     step = max(1, n_layers // 12)
     axes.set_yticks(np.arange(0, n_layers, step))
@@ -69,31 +65,3 @@ def chosen_experts(
     axes.legend(swatches, [str(e) for e in used], title="expert", loc="center left",
                 bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
     return figure
-
-
-def next_token(tokens: Sequence[str], probs: Float[np.ndarray | Array, " alternative"]) -> Figure:
-    """Bars of the most probable next tokens.
-
-    **Arguments:**
-
-    - `tokens`: what each alternative shows.
-    - `probs`: their probabilities.
-    """
-    probs = np.asarray(probs)
-    figure = Figure(figsize=(5.5, 0.32 * len(tokens) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    places = np.arange(len(tokens))[::-1]
-    bars = axes.barh(places, probs, color=EXPERT_COLOURS[0])
-    axes.bar_label(bars, [f"{p:.1%}" for p in probs], padding=3, fontsize=9)
-    axes.set_yticks(places, [_label(t) for t in tokens])
-    axes.set_xlim(0, min(1.0, float(probs.max()) * 1.2))
-    axes.xaxis.set_major_formatter(lambda p, _: f"{p:.0%}")
-    axes.set_xlabel("probability of the next token")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _label(token: str) -> str:
-    """A token as it can be read in a tick label: spaces and control characters shown."""
-    shown = token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣")
-    return shown.replace("$", r"\$")
