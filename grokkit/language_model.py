@@ -329,7 +329,7 @@ class LanguageModel:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_len: int = 100,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -338,10 +338,13 @@ class LanguageModel:
     ) -> Iterator[StreamedToken]:
         """Continue a text token by token; arguments as in `generate`.
 
+        The prompt may be token ids instead: a text's own and those drawn so far, for example, with
+        another token in the last one's place.
+
         **Returns:** an iterator of `StreamedToken`s. Their texts, joined, are what `generate`
         returns for the same arguments.
         """
-        ids = self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         rounds = generate_tokens(
             self.model, self.mesh, [ids], max_len, Sampling(temperature, top_p, seed), block=1,
             edits=self._resolve(edits, [len(ids)]),

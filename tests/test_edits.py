@@ -16,6 +16,7 @@ from grokkit import (
     ForbidExperts,
     ForceExperts,
     Replace,
+    RequireExperts,
     RouterTemperature,
     Scale,
     SwapExperts,
@@ -44,6 +45,15 @@ def _forbid(probs_seen, forbidden):
     masked = probs_seen.copy()
     masked[..., forbidden] = -1
     return np.argsort(-masked, axis=-1, kind="stable")[..., :2]
+
+
+def _require(chosen, required):
+    """One token after the other."""
+    found = chosen.copy()
+    for place in np.ndindex(chosen.shape[:-1]):
+        others = [e for e in chosen[place] if e not in required]
+        found[place] = (required + others)[: chosen.shape[-1]]
+    return found
 
 
 def _by_hand(name):
@@ -141,6 +151,19 @@ CASES = {
         [ForbidExperts(3, gates="renormalise")],
         {"expert_indices": lambda i, v, probs: _forbid(probs[i], [3]),
          "expert_weights": lambda i, v, _: _renormalised(v)},
+    ),
+    "require one": (
+        [RequireExperts(6, layers=[2, 7])],
+        {"expert_indices": lambda i, v, _: _require(v, [6]) if i in (2, 7) else v},
+    ),
+    "require one of those that are not forbidden": (
+        [ForbidExperts([0, 3, 4]), RequireExperts([5], gates="renormalise")],
+        {"expert_indices": lambda i, v, probs: _require(_forbid(probs[i], [0, 3, 4]), [5]),
+         "expert_weights": lambda i, v, _: _renormalised(v)},
+    ),
+    "require a pair": (
+        [RequireExperts([7, 1], layers=[2], positions=[3])],
+        {"expert_indices": lambda i, v, _: _set(v, np.s_[:, 3], [7, 1]) if i == 2 else v},
     ),
     "swap two": (
         [SwapExperts(2, 6)],
@@ -345,6 +368,9 @@ def test_generation_captures_take_all_positions(tiny_lm):
         (lambda: ForceExperts([1]), r"2 different experts"),
         (lambda: ForceExperts([1, 8]), r"experts go from 0 to 7"),
         (lambda: ForbidExperts(range(7)), r"each token needs 2"),
+        (lambda: RequireExperts([1, 2, 3]), r"at most 2 different experts"),
+        (lambda: RequireExperts([1, 1]), r"at most 2 different experts"),
+        (lambda: RequireExperts(8), r"experts go from 0 to 7"),
         (lambda: SwapExperts(0, 9), r"experts go from 0 to 7"),
         (lambda: ForceExperts([0, 1], gates="sum"), r"'keep', 'renormalise' or an array"),
         (lambda: ForceExperts([0, 1], gates=np.ones(3)), r"does not fit"),

@@ -180,6 +180,13 @@ def test_streamed_pieces_are_the_generated_text(tiny_lm, texts):
             assert prob == pytest.approx(piece.prob) or token != piece.id
 
 
+def test_a_stream_goes_on_from_token_ids(tiny_lm):
+    whole = [piece.id for piece in tiny_lm.stream(LONG, **SETTINGS)]
+    begun = tiny_lm.tokenizer.encode(LONG) + whole[:5]
+    rest = tiny_lm.stream(begun, **SETTINGS | {"max_len": SETTINGS["max_len"] - 5})
+    assert [piece.id for piece in rest] == whole[5:]
+
+
 def test_stream_and_generate_agree_where_a_character_is_cut_off(tiny_lm):
     """A random model often stops inside a character of several bytes."""
     cut = 0

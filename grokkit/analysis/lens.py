@@ -47,6 +47,8 @@ class LensReading:
     """Their log-probabilities, in nats."""
     kl: Float[np.ndarray, "depth batch position"]
     """Kullback-Leibler divergence of the model's final distribution from the lens's, in nats."""
+    followed_log_probs: Float[np.ndarray, "depth batch position followed"]
+    """Log-probabilities of the tokens that were to be followed, in nats."""
 
     def __repr__(self) -> str:
         mean = self.kl.mean(axis=(1, 2))
@@ -104,6 +106,7 @@ def logit_lens(
     sites: Sequence[str] | None = None,
     top: int = 5,
     tuned: TunedLens | None = None,
+    follow: Int[np.ndarray, "batch position followed"] | None = None,
 ) -> LensReading:
     """Read the stream at every depth, for every token.
 
@@ -115,10 +118,13 @@ def logit_lens(
     - `sites`: which of the stream's sites, all of `STREAM` by default.
     - `top`: how many tokens to keep for each depth and position.
     - `tuned`: read through this lens, at its site, instead of the plain logit lens.
+    - `follow`: tokens, as many at each position, whose log-probabilities are kept too, wherever
+        they rank: what comes next in truth, say.
 
     **Returns:** a `LensReading`.
 
-    **Raises:** `SiteError` for a site that is not the stream's or a lens of other sizes.
+    **Raises:** `SiteError` for a site that is not the stream's or a lens of other sizes,
+    `PromptError` for tokens to follow that do not exist or fit the text.
     """
     if sites is None:
         sites = STREAM if tuned is None else (tuned.site,)
@@ -127,6 +133,9 @@ def logit_lens(
         raise SiteError(f"top: expected 1 to {lm.config.vocab_size} tokens, found {top}")
     if tuned is not None:
         _check_lens(lm, tuned, sites)
+    ids, _ = lm.prepare(tokens)
+    follow = np.zeros((*ids.shape, 0), np.int32) if follow is None else np.asarray(follow)
+    _check_followed(lm, follow, ids.shape)
     _, cache = lm.run_with_cache(tokens, [*sites, Capture("final_norm")])
     depths = _depths(sites, lm.config.n_layers)
     parts = [cache[site] if layer is None else cache[site, layer] for site, layer in depths]
@@ -138,13 +147,13 @@ def logit_lens(
     for start in range(0, n, step):
         # The last piece overlaps the one before, to keep one shape.
         at = slice(min(start, n - step), min(start, n - step) + step)
-        whole = _place(lm, (stream[:, :, at], final[:, at], maps))
+        whole = _place(lm, (stream[:, :, at], final[:, at], maps, follow[:, at]))
         with jax.set_mesh(lm.mesh):
-            piece = _read(lm.model, whole[0], whole[1], whole[2], top)
+            piece = _read(lm.model, *whole, top)
         fresh = slice(start - at.start, None)
         found.append([np.asarray(p)[:, :, fresh] for p in piece])
-    kl, log_probs, ids = (np.concatenate(p, axis=2) for p in zip(*found, strict=True))
-    return LensReading(depths, ids, log_probs, kl)
+    kl, log_probs, best, followed = (np.concatenate(p, axis=2) for p in zip(*found, strict=True))
+    return LensReading(depths, best, log_probs, kl, followed)
 
 
 def fit_tuned_lens(
@@ -234,6 +243,16 @@ def _check_lens(lm: LanguageModel, tuned: TunedLens, sites: Sequence[str]) -> No
         )
 
 
+def _check_followed(lm: LanguageModel, follow: np.ndarray, shape: tuple[int, ...]) -> None:
+    if follow.shape[:-1] != shape or follow.dtype.kind not in "iu":
+        raise PromptError(f"follow: expected token ids [batch, position, followed] for a text of "
+                          f"{shape[0]} x {shape[1]} tokens, found an array of shape {follow.shape} "
+                          f"and dtype {follow.dtype}")  # fmt: skip
+    if follow.size and not 0 <= follow.min() <= follow.max() < lm.config.vocab_size:
+        raise PromptError(f"follow: token ids go from 0 to {lm.config.vocab_size - 1}, found "
+                          f"{follow.min()} to {follow.max()}")  # fmt: skip
+
+
 def _depths(sites: Sequence[str], n_layers: int) -> tuple[tuple[str, int | None], ...]:
     outside = [(site, None) for site in sites if not SITES[site].in_layer]
     inside = [site for site in STREAM if site in sites and SITES[site].in_layer]
@@ -262,16 +281,24 @@ def _translate(x: Array, weight: Array, bias: Array) -> Array:
 
 @eqx.filter_jit
 def _read(
-    model: Grok, stream: Array, final: Array, maps: tuple[Array, Array] | None, top: int
-) -> tuple[Array, Array, Array]:
-    """Divergence, and log-probabilities and ids of the top tokens, one depth after the other."""
+    model: Grok,
+    stream: Array,
+    final: Array,
+    maps: tuple[Array, Array] | None,
+    follow: Array,
+    top: int,
+) -> tuple[Array, Array, Array, Array]:
+    """Divergence, log-probabilities and ids of the top tokens, and log-probabilities of those
+    followed, one depth after the other."""
     target = _log_probs(model, final, normalise=False)
+    rows = jax.reshard(follow, P("data", None, None))
 
     def one(xs):
         x = xs[0] if maps is None else _translate(*xs)
         found = _log_probs(model, x)
         values, ids = jax.lax.top_k(found, top)
-        return _divergence(target, found), values, ids
+        followed = jnp.take_along_axis(found, rows, axis=-1)
+        return _divergence(target, found), values, ids, followed
 
     return jax.lax.map(one, (stream,) if maps is None else (stream, *maps))
 

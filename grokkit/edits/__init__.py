@@ -5,7 +5,13 @@ same shape compile nothing. Edits are applied in the order given, each to what t
 left.
 """
 
-from grokkit.edits.routing import ForbidExperts, ForceExperts, RouterTemperature, SwapExperts
+from grokkit.edits.routing import (
+    ForbidExperts,
+    ForceExperts,
+    RequireExperts,
+    RouterTemperature,
+    SwapExperts,
+)
 from grokkit.edits.selection import Where
 from grokkit.edits.values import Add, Apply, Edit, Replace, Scale, resolve, site_shape
 
@@ -16,6 +22,7 @@ __all__ = [
     "ForbidExperts",
     "ForceExperts",
     "Replace",
+    "RequireExperts",
     "RouterTemperature",
     "Scale",
     "SwapExperts",

@@ -131,6 +131,44 @@ class ForbidExperts(_RoutingEdit):
         return jax.lax.top_k(jnp.where(allowed, probs, -1.0), experts.shape[-1])[1], None
 
 
+class RequireExperts(_RoutingEdit):
+    """Choose these experts, at most as many as each token uses.
+
+    They take the place of the least probable of those chosen otherwise. Edits before it hold for
+    the rest: after `ForbidExperts` no forbidden expert fills up.
+    """
+
+    site: str = eqx.field(static=True)
+    required: Int[Array, " n"]
+    gates: Float[Array, "..."] | None
+    policy: str = eqx.field(static=True)
+    where: Where
+
+    def __init__(
+        self, required: int | Sequence[int], gates: GatePolicy | Any = "keep", **where: Selector
+    ) -> None:
+        self.site, self.required = "expert_indices", jnp.atleast_1d(jnp.asarray(required))
+        self.policy, self.gates = _gates(gates)
+        self.where = Where(**where)
+
+    def check(self, config: GrokConfig, lengths: np.ndarray) -> None:
+        super().check(config, lengths)
+        _check_experts(self.required, config, "RequireExperts")
+        required, k = np.asarray(self.required).tolist(), config.n_experts_per_token
+        if len(set(required)) < len(required) or len(required) > k:
+            raise SiteError(f"RequireExperts: expected at most {k} different experts, as each token "
+                            f"uses {k}, found {required}")  # fmt: skip
+
+    def choose(self, experts: Array, at: At) -> tuple[Array, Array | None]:
+        n, k = self.required.shape[0], experts.shape[-1]
+        experts = jax.reshard(experts, P())
+        required = jnp.broadcast_to(self.required, (*experts.shape[:-1], n)).astype(experts.dtype)
+        already = (experts[..., None] == self.required.astype(experts.dtype)).any(axis=-1)
+        # A stable sort keeps the others in their order, the most probable first.
+        others = jnp.take_along_axis(experts, jnp.argsort(already, axis=-1, stable=True), axis=-1)
+        return jnp.concatenate([required, others[..., : k - n]], axis=-1), None
+
+
 class SwapExperts(_RoutingEdit):
     """Where expert `a` was chosen use `b`, and the other way round."""
 

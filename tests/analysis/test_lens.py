@@ -45,7 +45,8 @@ def test_by_definition(
             jax.random.normal(keys[1], (n, d)),
             "resid_mid",
         )
-    found = logit_lens(lm, tokens, top=3, tuned=translators)
+    follow = np.random.default_rng(0).integers(0, lm.config.vocab_size, (*tokens.shape, 2))
+    found = logit_lens(lm, tokens, top=3, tuned=translators, follow=follow)
     final = log_probs(sites["resid_post"][-1], golden_weights, lm.config)
     if not tuned:
         assert found.depths[:4] == (
@@ -66,6 +67,8 @@ def test_by_definition(
         np.testing.assert_allclose(found.top_log_probs[i], best, atol=2e-4)
         picked = np.take_along_axis(expected, found.top_tokens[i], axis=-1)
         np.testing.assert_allclose(picked, best, atol=2e-4)
+        followed = np.take_along_axis(expected, follow, axis=-1)
+        np.testing.assert_allclose(found.followed_log_probs[i], followed, atol=5e-4)
     if not tuned:
         np.testing.assert_allclose(found.kl[-1], 0, atol=1e-5)
     assert "resid_mid 3" in repr(found)
@@ -141,6 +144,10 @@ def test_errors(lm1, tokens, tmp_path, monkeypatch):
         logit_lens(lm1, tokens, ["embed", "embed"])
     with pytest.raises(SiteError, match="top: expected 1 to 256 tokens, found 0"):
         logit_lens(lm1, tokens, top=0)
+    with pytest.raises(PromptError, match="token ids .batch, position, followed. for a text of"):
+        logit_lens(lm8, tokens, follow=np.zeros(tokens.shape, int))
+    with pytest.raises(PromptError, match="ids go from 0 to 255, found 256 to 256"):
+        logit_lens(lm8, tokens, follow=np.full((*tokens.shape, 1), 256))
     with pytest.raises(SiteError, match="the lens is of 'resid_post' for 3 layers of width 5"):
         logit_lens(lm1, tokens, tuned=TunedLens.identity(3, 5))
     with pytest.raises(SiteError, match="expected one of each layer, found 'embed'"):
