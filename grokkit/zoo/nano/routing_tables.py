@@ -229,14 +229,14 @@ def structure_table(data: Data) -> str:
     upper = np.triu_indices(data.n_experts, 1)
     pairs = []
     for layer, count in enumerate(counts):
-        ratio = count[upper] / routing.expected_pair_counts(count)[upper]
+        ratio = _times_chance(count)[upper]
         best = int(ratio.argmax())
         i, j = int(upper[0][best]), int(upper[1][best])
 
         def of_passages(at: np.ndarray, layer: int = layer, i: int = i, j: int = j) -> np.ndarray:
             chosen = data.experts[layer, at].reshape(-1, data.experts.shape[-1])
             count = routing.pair_counts(chosen, data.n_experts)
-            return np.asarray(count[i, j] / routing.expected_pair_counts(count)[i, j])
+            return np.asarray(_times_chance(count)[i, j])
 
         low, high = data.bootstrap(of_passages).interval()
         pairs.append(f"{i} and {j}: {ratio[best]:.2f} [{low:.2f}, {high:.2f}]")
@@ -247,6 +247,12 @@ def structure_table(data: Data) -> str:
     head = ["information on the next layer (nats)", "shuffled", "matched",
             "a token's top expert", "shuffled", "most over-represented pair, × chance"]  # fmt: skip
     return _by_layer(head, columns)
+
+
+def _times_chance(counts: np.ndarray) -> np.ndarray:
+    """How often each pair was chosen, in multiples of chance; 1 for a pair that cannot occur."""
+    expected = routing.expected_pair_counts(counts)
+    return np.divide(counts, expected, out=np.ones_like(expected), where=expected > 0)
 
 
 def _grid(data: Data, values: np.ndarray, marked: np.ndarray, digits: int) -> str:
