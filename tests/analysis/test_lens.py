@@ -144,8 +144,8 @@ def test_errors(lm1, tokens, tmp_path, monkeypatch):
         logit_lens(lm1, tokens, ["embed", "embed"])
     with pytest.raises(SiteError, match="top: expected 1 to 256 tokens, found 0"):
         logit_lens(lm1, tokens, top=0)
-    with pytest.raises(PromptError, match="token ids .batch, position, followed. for a text of"):
-        logit_lens(lm1, tokens, follow=np.zeros(tokens.shape, int))
+    with pytest.raises(PromptError, match="for a text of .* found an array of shape"):
+        logit_lens(lm1, tokens, follow=np.zeros((1, 1, 1), int))
     with pytest.raises(PromptError, match="ids go from 0 to 255, found 256 to 256"):
         logit_lens(lm1, tokens, follow=np.full((*tokens.shape, 1), 256))
     with pytest.raises(SiteError, match="the lens is of 'resid_post' for 3 layers of width 5"):
