@@ -1,0 +1,33 @@
+"""Explorers for a notebook: a model's inside to look at, click and change.
+
+Each takes any `grokkit.LanguageModel`, computes in the background while the page stays alive,
+says in place what is wrong with a request, and saves itself as a page that needs no kernel:
+
+```python
+import grokkit
+from grokkit.widgets import RoutingExplorer
+
+lm = grokkit.load("nano")
+explorer = RoutingExplorer(lm, "Two and two make four")
+explorer
+```
+
+While one shows that it computes, do not run a model that lies on several accelerators from a cell:
+two programs that talk across devices must not be started at the same time.
+"""
+
+from grokkit.widgets.attention import AttentionExplorer
+from grokkit.widgets.explorer import Explorer
+from grokkit.widgets.lens import LensExplorer
+from grokkit.widgets.patching import PatchingExplorer
+from grokkit.widgets.routing import RoutingExplorer
+from grokkit.widgets.sampling import SamplingPlayground
+
+__all__ = [
+    "AttentionExplorer",
+    "Explorer",
+    "LensExplorer",
+    "PatchingExplorer",
+    "RoutingExplorer",
+    "SamplingPlayground",
+]
