@@ -1,6 +1,5 @@
 """Where each token looks: the attention pattern of every head."""
 
-import base64
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ from grokkit.language_model import LanguageModel
 from grokkit.taps import Capture
 from grokkit.widgets.explorer import Data, Explorer, button, one_row, text_area
 
-STEPS = 65535
-"""Patterns are sent as 16-bit integers: this many steps from 0 to 1."""
+STEPS = 4095
+"""Patterns are sent as 12-bit integers, two letters each: this many steps from 0 to 1."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class AttentionExplorer(Explorer):
@@ -108,15 +108,15 @@ def attention_data(
     tokens: Sequence[str], packed: UInt16[np.ndarray, "layer head entry"], layers: Sequence[int]
 ) -> Data:
     """What the view draws: the packed patterns of some layers."""
-    patterns = {
-        str(i): base64.b64encode(packed[i].astype("<u2").tobytes()).decode() for i in layers
-    }
+    letters = np.frombuffer(LETTERS.encode(), np.uint8)
+    pairs = {i: np.stack([packed[i] >> 6, packed[i] & 63], axis=-1) for i in layers}
     return {
         "tokens": list(tokens),
         "n_layers": packed.shape[0],
         "n_heads": packed.shape[1],
         "steps": STEPS,
-        "patterns": patterns,
+        "letters": LETTERS,
+        "patterns": {str(i): letters[pair].tobytes().decode() for i, pair in pairs.items()},
     }
 
 

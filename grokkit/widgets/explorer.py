@@ -78,7 +78,7 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
         self._asked = request
         self._latest.submit(request)
 
-    def wait(self, timeout: float | int | None = None) -> bool:
+    def wait(self, timeout: float | None = None) -> bool:
         """Wait for the computation to end. **Returns:** false if `timeout` seconds were too few."""
         return self._latest.wait(timeout)
 
@@ -199,8 +199,8 @@ def same_rows(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Int[np.ndarra
     return np.repeat(pad_right(rows, length, lm.config.pad_token), lm.mesh.shape["data"], axis=0)
 
 
-def rounded(values: Any, digits: int = 5) -> list[Any]:
-    """Numbers as they go into JSON: short, and the same at any precision of the array."""
+def rounded(values: Any, digits: int = 5) -> Any:
+    """A number or nested lists of them as they go into JSON: short, at any precision."""
     return np.round(np.asarray(values, np.float64), digits).tolist()
 
 

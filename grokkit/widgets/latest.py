@@ -50,7 +50,7 @@ class Latest:
                 self._change(True)
                 threading.Thread(target=self._work, name="grokkit-explorer", daemon=True).start()
 
-    def wait(self, timeout: float | int | None = None) -> bool:
+    def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; false if that takes more than `timeout` seconds."""
         return self._idle.wait(timeout)
 

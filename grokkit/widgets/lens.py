@@ -118,9 +118,7 @@ class LensExplorer(Explorer):
         reading = logit_lens(lm, ids, sites, top=top, tuned=self.tuned, follow=lines)
         lines[:, :n] = followed_tokens(ids[0, :n], reading.top_tokens[-1, 0, :n, 0], follow)
         reading = logit_lens(lm, ids, sites, top=top, tuned=self.tuned, follow=lines)
-        names = name_tokens(
-            lm, [*np.unique(reading.top_tokens[:, 0, :n]), *np.unique(lines[0, :n])]
-        )
+        names = name_tokens(lm, reading.top_tokens[:, 0, :n], lines[0, :n])
         yield lens_data(tokens, names, reading, lines[0, :n], follow)
 
 
@@ -141,9 +139,9 @@ def one_token(lm: LanguageModel, text: str) -> int:
                       f"{' '.join(map(repr, lm.to_str_tokens(alone)))}; name one")  # fmt: skip
 
 
-def name_tokens(lm: LanguageModel, ids: Sequence[int]) -> dict[str, str]:
+def name_tokens(lm: LanguageModel, *ids: Int[np.ndarray, "..."]) -> dict[str, str]:
     """What tokens show, by id; a JSON object's keys are text."""
-    unique = sorted({int(i) for i in ids})
+    unique = np.unique(np.concatenate([i.reshape(-1) for i in ids])).tolist()
     return dict(zip(map(str, unique), lm.to_str_tokens(unique), strict=True))
 
 

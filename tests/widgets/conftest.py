@@ -2,7 +2,7 @@
 
 import pytest
 
-PATIENCE = 300  # seconds: only a hang takes longer
+PATIENCE = 300.0  # seconds: only a hang takes longer
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import threading
 
 from grokkit.widgets.latest import Latest
 
-PATIENCE = 30
+PATIENCE = 30.0
 
 
 class Recorder:
@@ -48,7 +48,7 @@ def test_a_newer_request_drops_what_is_stale():
     recorder = Recorder()
     recorder.latest.submit("slow")
     assert recorder.reached.wait(PATIENCE)
-    assert not recorder.latest.wait(0)
+    assert not recorder.latest.wait(0.0)
     recorder.latest.submit("never looked at")
     recorder.latest.submit("newer")
     recorder.go_on.set()

@@ -24,9 +24,10 @@ views.attention = (context) => {
   function unpack() {
     const packed = context.data.patterns[context.state.layer];
     if (packed === undefined) return null; // on its way
-    const bytes = Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
-    const view = new DataView(bytes.buffer);
-    return Uint16Array.from({ length: bytes.length / 2 }, (_, i) => view.getUint16(2 * i, true));
+    const worth = new Uint8Array(128);
+    [...context.data.letters].forEach((letter, i) => { worth[letter.charCodeAt(0)] = i; });
+    return Uint16Array.from({ length: packed.length / 2 },
+      (_, i) => 64 * worth[packed.charCodeAt(2 * i)] + worth[packed.charCodeAt(2 * i + 1)]);
   }
 
   /** One pixel a pair; the style scales it up without blurring. */

@@ -6,11 +6,16 @@ views.sampling = (context) => {
   const note = make("p", { class: "gk-note" });
   const detail = make("div", { class: "gk-detail", "aria-live": "polite" });
   let looked = null;
+  let shown = null; // what the detail was drawn for
   context.root.append(strip.node, note, detail);
 
   function drawDetail() {
     const { drawn } = context.data;
     const i = looked ?? context.state.token;
+    // A press on a button below takes the focus from a token: the button must outlive that.
+    const now = `${i} ${context.state.token}`;
+    if (now === shown) return;
+    shown = now;
     if (i === null || i === undefined || i >= drawn.length) {
       detail.replaceChildren(make("p", { class: "gk-note" },
         drawn.length ? "Point at a new token to see what else the model found probable." : ""));
@@ -40,6 +45,7 @@ views.sampling = (context) => {
     drawData() {
       const { prompt, drawn, ended, done } = context.data;
       looked = null;
+      shown = null;
       strip.fill(drawn.map((entry) => entry.text),
         [make("span", { class: "gk-prompt" }, prompt)]);
       strip.buttons().forEach((button, i) => {
