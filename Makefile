@@ -10,17 +10,21 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check -qq
 
-.PHONY: help demo test test-slow lint format docs bench clean
+# Debian's own browser: Playwright would download one, which this project never does.
+CHROMIUM ?= /usr/bin/chromium
+
+.PHONY: help demo test test-slow test-browser lint format docs bench clean
 
 help:
-	@echo "make demo       load the shipped model onto eight virtual devices and watch it write"
-	@echo "make test       run every test but the slow ones, and the notebooks"
-	@echo "make test-slow  run the slow tests"
-	@echo "make lint       ruff and pyright"
-	@echo "make format     let ruff rewrite the code"
-	@echo "make docs       build docs/_build/html; a warning is an error"
-	@echo "make bench      run the benchmarks"
-	@echo "make clean      remove what was built and downloaded: $(VENV) too"
+	@echo "make demo         load the shipped model onto eight virtual devices and watch it write"
+	@echo "make test         run every test but the slow ones, and the notebooks"
+	@echo "make test-slow    run the slow tests"
+	@echo "make test-browser drive the explorers in JupyterLab with a real browser"
+	@echo "make lint         ruff and pyright"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make docs         build docs/_build/html; a warning is an error"
+	@echo "make bench        run the benchmarks"
+	@echo "make clean        remove what was built and downloaded: $(VENV) too"
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m grokkit.demo
@@ -30,6 +34,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.installed-browser $(CHROMIUM)
+	@CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -q -m browser tests/browser $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check
@@ -48,7 +55,7 @@ bench: $(VENV)/.installed-dev
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) docs/_build docs/reference docs/notebooks build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/reference docs/notebooks tests/browser/screenshots build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --without-pip, since Debian's python3 has pip without ensurepip; pip then installs from outside.
@@ -68,3 +75,18 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	@echo "Installing what the tests, the docs and the notebooks need"
 	@$(PIP) install --editable '.[dev]'
 	@touch $@
+
+$(VENV)/.installed-browser: pyproject.toml | $(VENV)/.installed-dev
+	@echo "Installing what drives a browser"
+	@$(PIP) install --editable '.[dev,browser]'
+	@touch $@
+
+# Only root can install it; anyone else is told what to do.
+$(CHROMIUM):
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing chromium"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		echo "The browser's tests need Chromium: as root, apt-get install chromium; or name yours with make test-browser CHROMIUM=/path/to/chromium"; \
+		exit 1; \
+	fi

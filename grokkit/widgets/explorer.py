@@ -123,32 +123,24 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
 
     def _deliver(self, data: Data) -> None:
         self.view.data = data
-        self._fresh("")
+        self._say("")
 
     def _fail(self, error: Exception) -> None:
         expected = isinstance(error, GrokkitError)
         # As text: its frames would keep the failed computation's arrays alive.
         self.traceback = "".join(traceback.format_exception(error))
-        self._fresh(str(error) if expected else f"{type(error).__name__}: {error}")
+        self._say(str(error) if expected else f"{type(error).__name__}: {error}")
 
     def _change(self, busy: bool) -> None:
         self.busy = busy
-        if busy:
-            self.view.add_class("grokkit-busy")
-        else:
-            self.view.remove_class("grokkit-busy")
         self._show_status()
 
-    def _fresh(self, error: str) -> None:
-        """Say what was wrong with the latest request, and mark the view as of another."""
+    def _say(self, error: str) -> None:
         self.error = error
-        if error:
-            self.view.add_class("grokkit-stale")
-        else:
-            self.view.remove_class("grokkit-stale")
         self._show_status()
 
     def _show_status(self) -> None:
+        self.view.status = "busy" if self.busy else "failed" if self.error else "ready"
         if self.busy:
             text = '<span class="gk-busy" role="status">computing …</span>'
         elif self.error:
@@ -162,14 +154,15 @@ def text_area(label: str, text: str, rows: int = 2) -> ipywidgets.Textarea:
     """A field for a prompt; what is typed counts once the field is left."""
     area = ipywidgets.Textarea(
         text, description=label, rows=rows, continuous_update=False,
-        layout=ipywidgets.Layout(width="auto"), style={"description_width": "6em"},
+        layout=ipywidgets.Layout(width="auto"), style={"description_width": "7em"},
     )  # fmt: skip
     return area.add_class(f"gk-input-{label.replace(' ', '-')}")
 
 
 def button(label: str, clicked: Any, tooltip: str) -> ipywidgets.Button:
     """A button that calls `clicked()`."""
-    made = ipywidgets.Button(description=label, tooltip=tooltip)
+    width = ipywidgets.Layout(width="7em")
+    made = ipywidgets.Button(description=label, tooltip=tooltip, layout=width)
     made.on_click(lambda _: clicked())
     return made.add_class(f"gk-button-{label.replace(' ', '-')}")
 

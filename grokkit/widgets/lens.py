@@ -64,7 +64,7 @@ class LensExplorer(Explorer):
         self._text = text_area("text", text)
         self._follow = ipywidgets.Text(
             follow, description="follow", continuous_update=False, placeholder="a token, e.g. ␣the",
-            style={"description_width": "6em"},
+            style={"description_width": "7em"},
         ).add_class("gk-input-follow")  # fmt: skip
         run = button("Run", self.refresh, "Read the stream of this text")
         super().__init__(

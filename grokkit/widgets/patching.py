@@ -112,7 +112,7 @@ class PatchingExplorer(Explorer):
         for name, known in ((site, GRIDS), (method, METHODS)):
             if name not in known:
                 raise PromptError(f"expected one of {', '.join(map(repr, known))}; found {name!r}")
-        wide = {"description_width": "6em"}
+        wide = {"description_width": "7em"}
         self._clean = text_area("clean", clean, rows=1)
         self._corrupted = text_area("corrupted", corrupted, rows=1)
         self._answer, self._against = (

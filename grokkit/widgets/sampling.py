@@ -169,14 +169,14 @@ def chosen_instead(entry: Entry, token: int) -> Entry:
 def _slider(label: str, value: float, low: float, high: float) -> ipywidgets.FloatSlider:
     made = ipywidgets.FloatSlider(
         value, min=low, max=high, step=0.05, description=label, continuous_update=False,
-        style={"description_width": "6em"},
+        style={"description_width": "7em"},
     )  # fmt: skip
     return made.add_class(f"gk-input-{label}")
 
 
 def _whole(label: str, value: int, low: int, high: int) -> ipywidgets.BoundedIntText:
     made = ipywidgets.BoundedIntText(
-        value, min=low, max=high, description=label, style={"description_width": "6em"},
+        value, min=low, max=high, description=label, style={"description_width": "7em"},
         layout=ipywidgets.Layout(width="14em"),
     )  # fmt: skip
     return made.add_class(f"gk-input-{label}")

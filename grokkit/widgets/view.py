@@ -60,13 +60,17 @@ def _script(*kinds: str) -> str:
 
 
 class View(anywidget.AnyWidget):
-    """Draws `data` as one of `KINDS`, and keeps in `state` what the reader chose."""
+    """Draws `data` as one of `KINDS`, and keeps in `state` what the reader chose.
+
+    While `status` is not ready, what is shown is of an earlier request, and looks so.
+    """
 
     _esm = _script(*KINDS) + "\nexport default { render };\n"
     _css = _source("style.css")
     kind = traitlets.Enum(KINDS).tag(sync=True)
     data = traitlets.Dict().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
+    status = traitlets.Enum(("ready", "busy", "failed"), "ready").tag(sync=True)
 
 
 def page(kind: str, title: str, data: dict[str, Any], state: dict[str, Any]) -> str:

@@ -211,6 +211,13 @@ class Kernel:
         assert reply["status"] == "ok", reply
         return json.loads(ast.literal_eval(reply["data"]["text/plain"]))
 
+    def wait_for(self, condition: str) -> None:
+        """Wait until a condition holds: the page's messages come by another way than these."""
+        end = time.monotonic() + PATIENCE
+        while not self.ask(condition):
+            assert time.monotonic() < end, f"{condition} never came true"
+            time.sleep(0.1)
+
     def close(self) -> None:
         self._client.stop_channels()
 
@@ -226,11 +233,11 @@ def kernel(lab, notebook):
 
 @pytest.fixture
 def shoot():
-    """Save a picture of an element."""
+    """Save a picture of an element, or of what a page shows."""
 
-    def save(locator, name: str) -> None:
+    def save(shown, name: str) -> None:
         path = SCREENSHOTS / f"{name}.png"
-        locator.screenshot(path=path)
+        shown.screenshot(path=path)
         assert path.stat().st_size > 5000  # more than an empty box
 
     return save

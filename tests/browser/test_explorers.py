@@ -35,7 +35,7 @@ def test_routing(page, kernel, expect, shoot):
     last = len(chosen) - 1
     expect(root.locator(".gk-slider-value")).to_have_text(f"{last} of {last}")
     assert_experts_shown(root, chosen, last)
-    assert kernel.ask("routing.layer") == last  # the drag reached Python
+    kernel.wait_for(f"routing.layer == {last}")  # the drag reaches Python
     assert chosen[0][0] != chosen[last][0], "choose a text whose experts differ"
     assert root.locator(".gk-token").first.evaluate("e => e.style.background") != before
 
@@ -94,11 +94,13 @@ def test_a_bad_prompt_is_said_in_place(page, expect, shoot):
     field.press("Delete")
     field.press("Tab")
     expect(root.locator(".gk-error")).to_have_text("the text is empty; write something")
+    expect(root.locator(".grokkit-view")).to_have_css("opacity", "0.4")
     shoot(root, "routing-error")
     type_into(field, "<script>window.broken = 1</script><b>bold")
     expect(root.locator(".gk-ready")).to_be_visible()
     expect(root.locator(".gk-token").first).to_contain_text("<")
     assert "".join(words(root.locator(".gk-token"))).strip() == field.input_value()
+    expect(root.locator(".grokkit-view")).to_have_css("opacity", "1")
     assert page.evaluate("window.broken") is None
     assert root.locator(".grokkit-view b", has_text="bold").count() == 0
 
@@ -107,7 +109,8 @@ def test_attention(page, kernel, expect, shoot):
     root = explorer(page, "attention")
     expect(root.locator(".gk-head")).to_have_count(kernel.ask("lm.config.n_heads"))
     drag(page, root.locator(".gk-slider-layer"), 0.02, 0.6)
-    layer = kernel.ask('attention.view.state["layer"]')
+    layer = int(root.locator(".gk-slider-layer").input_value())
+    kernel.wait_for(f'attention.view.state["layer"] == {layer}')
     assert 0 < layer < kernel.ask("lm.config.n_layers") - 1
     root.get_by_role("button", name="head 3", exact=True).click()
     expect(root.locator(".gk-head").nth(3)).to_have_attribute("aria-pressed", "true")
@@ -222,7 +225,7 @@ def test_patching(page, kernel, expect, shoot):
     root = explorer(page, "patching")
     expect(root.locator(".gk-patch-cell").first).to_be_visible()
     type_into(root.locator(".gk-input-corrupted textarea"), "27+31=")
-    expect(root.locator(".gk-other")).to_have_count(1)
+    expect(root.locator(".gk-other")).to_have_count(2)
     root.locator(".gk-input-site select").select_option("attention output")
     expect(root.locator(".gk-summary")).to_contain_text("attention output")
     sweep = kernel.ask(

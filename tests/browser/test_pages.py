@@ -54,7 +54,7 @@ def test_routing(opened, expect, shoot):
     shown = np.reshape(numbers(page.locator(".gk-probs td"), "p"), np.shape(data["probs"])[::2])
     np.testing.assert_allclose(shown, np.array(data["probs"])[:, 2])
     assert page.get_by_role("button", name="force expert").count() == 0  # it has no kernel
-    shoot(page.locator("body"), "page-routing")
+    shoot(page, "page-routing")
 
 
 def test_attention(opened, expect, shoot):
@@ -73,7 +73,7 @@ def test_attention(opened, expect, shoot):
         entries = (np.array(digits).reshape(-1, 2) @ [64, 1])[2 * size :][:size]
         np.testing.assert_allclose(shown[:6], entries[15:21] / steps, atol=1e-9)
         assert sum(shown) == pytest.approx(1, abs=0.01)
-    shoot(page.locator("body"), "page-attention")
+    shoot(page, "page-attention")
 
 
 def test_lens(opened, expect, shoot):
@@ -86,7 +86,7 @@ def test_lens(opened, expect, shoot):
     expect(page.locator(".gk-chart")).to_have_attribute("data-position", "1")
     shown = page.locator('.gk-line[data-line="0"]').get_attribute("data-id")
     assert int(shown) == data["lines"][1][0]
-    shoot(page.locator("body"), "page-lens")
+    shoot(page, "page-lens")
 
 
 def test_sampling(opened, expect, shoot):
@@ -97,7 +97,7 @@ def test_sampling(opened, expect, shoot):
     alternatives = data["drawn"][1]["alternatives"]
     assert numbers(page.locator(".gk-detail tr"), "id") == [a[0] for a in alternatives]
     assert page.locator(".gk-branch").count() == 0
-    shoot(page.locator("body"), "page-sampling")
+    shoot(page, "page-sampling")
 
 
 def test_patching(opened, expect, shoot):
@@ -107,7 +107,7 @@ def test_patching(opened, expect, shoot):
     expect(page.locator(".gk-readout")).to_have_attribute("data-value", str(data["values"][2][1]))
     cell.click()
     expect(page.locator('[data-run="2,1"]')).to_contain_text("was not opened before")
-    shoot(page.locator("body"), "page-patching")
+    shoot(page, "page-patching")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,6 @@ def test_a_notebook_opens_without_an_error(lab, chromium, path, shoot):
         """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel
             ?.connectionStatus === "connected" """
     )
-    shoot(watched.page.locator("body"), f"notebook-{path.stem}")
+    shoot(watched.page, f"notebook-{path.stem}")
     watched.check()
     context.close()

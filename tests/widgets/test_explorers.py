@@ -266,14 +266,14 @@ def test_a_bad_prompt_is_said_in_place(tiny_lm, settled, make):
         settled(explorer)
         assert words in explorer.error and explorer.error in repr(explorer)
         assert words in explorer._status.value and 'role="alert"' in explorer._status.value
-        assert "grokkit-stale" in explorer.view._dom_classes
+        assert explorer.view.status == "failed"
         assert explorer.data == good  # the page still has something to show
         with pytest.raises(GrokkitError, match="nothing to save"):
             explorer.to_html("never written")
     field.value = TEXT
     settled(explorer)
     assert not explorer.error and "ready" in explorer._status.value
-    assert "grokkit-stale" not in explorer.view._dom_classes
+    assert explorer.view.status == "ready"
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=NAMES)
@@ -308,13 +308,13 @@ def test_busy_while_computing_and_a_newer_text_supersedes(tiny_lm, settled, monk
     explorer.text = "The lazy dog"
     assert reached.wait(60)
     assert explorer.busy and "computing" in explorer._status.value and "busy" in repr(explorer)
-    assert "grokkit-busy" in explorer.view._dom_classes
+    assert explorer.view.status == "busy"
     explorer.text = "four"  # returns at once
     explorer.refresh()  # the button after the field: the same request
     go_on.set()
     settled(explorer)
     assert shown == [tiny_lm.to_str_tokens("four")]
-    assert "grokkit-busy" not in explorer.view._dom_classes
+    assert explorer.view.status == "ready"
 
 
 def test_an_unexpected_error_is_told_and_survived(tiny_lm, settled, monkeypatch):

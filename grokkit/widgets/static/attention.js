@@ -102,8 +102,8 @@ views.attention = (context) => {
     const key = place(event.clientX - box.left, box.width);
     if (unpacked === null) return;
     readout.textContent = key > query
-      ? `token ${query} ${named(tokens[query])} cannot see token ${key}, which follows it`
-      : `token ${query} ${named(tokens[query])} → token ${key} ${named(tokens[key])}: ` +
+      ? `token ${query} “${named(tokens[query])}” cannot see token ${key}, which follows it`
+      : `token ${query} “${named(tokens[query])}” → token ${key} “${named(tokens[key])}”: ` +
         percent(weight(context.state.head, query, key));
     if (looked !== query) { looked = query; drawLook(); }
   });

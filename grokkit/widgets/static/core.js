@@ -178,9 +178,13 @@ function render({ model, el }) {
     send(message) { model.send(message); },
   };
   const { drawData, drawState } = start(context, model.get("kind"));
-  model.on("change:data", drawData);
-  model.on("change:state", drawState);
-  return () => { model.off("change:data", drawData); model.off("change:state", drawState); };
+  const drawStatus = () => { root.dataset.status = model.get("status"); };
+  drawStatus();
+  const listeners = { "change:data": drawData, "change:state": drawState, "change:status": drawStatus };
+  for (const [event, listener] of Object.entries(listeners)) model.on(event, listener);
+  return () => {
+    for (const [event, listener] of Object.entries(listeners)) model.off(event, listener);
+  };
 }
 
 /** An exported page: the same view on what was saved. */
