@@ -21,10 +21,11 @@ def show_layout(lm: LanguageModel) -> None:
     """Draw how one weight of the first layer lies over the devices."""
     query: Any = lm.model.blocks.attention.query
     weight = query.weight[0]
+    n_outputs, n_inputs = weight.shape
     n_devices = lm.mesh.devices.size
     print(
-        f"Layer 0's query weight, {weight.shape[0]} x {weight.shape[1]} in {weight.dtype}: each of "
-        f"{n_devices} devices holds the columns of {lm.config.n_heads // n_devices} of its "
+        f"Layer 0's query weight, {n_outputs} outputs x {n_inputs} inputs in {weight.dtype}: each "
+        f"of {n_devices} devices holds the rows of {lm.config.n_heads // n_devices} of its "
         f"{lm.config.n_heads} heads.\n"
     )
     jax.debug.visualize_array_sharding(weight)

@@ -112,9 +112,18 @@ def checkpoint_layout(checkpoint: Checkpoint, data: int, model: int) -> Layout:
             rows.append(_row(key.name, file.weight, specs[key.path], stacked, mesh_shape))
             continue
         weight, scales = specs[f"{key.path}.weight"], specs[f"{key.path}.scales"]
-        rows.append(_row(key.name, file.weight, weight, stacked, mesh_shape))
+        rows.append(_row(key.name, file.weight, _as_in_file(weight), stacked, mesh_shape))
         rows.append(_row(f"{key.name}.scales", file.scales, scales, stacked, mesh_shape))
     return Layout(checkpoint, mesh_shape, tuple(rows))
+
+
+def _as_in_file(spec: ParamSpec) -> ParamSpec:
+    """A matrix that the model holds as [n, k], as [k, n]."""
+
+    def turn(pair: tuple) -> tuple:
+        return (*pair[:-2], pair[-1], pair[-2])
+
+    return dataclasses.replace(spec, shape=turn(spec.shape), axes=turn(spec.axes))
 
 
 def _row(

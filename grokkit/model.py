@@ -16,7 +16,7 @@ from grokkit.layers.attention import Attention
 from grokkit.layers.embedding import Embedding
 from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
-from grokkit.quant import QuantizedArray, quantize
+from grokkit.quant import QuantizedArray, Slot, index, quantize
 from grokkit.sharding import ParamSpec, is_spec, release, shardings
 from grokkit.taps import Capture, Change, Tap
 
@@ -147,16 +147,21 @@ class Grok(eqx.Module):
     ) -> tuple[Array, KVCache | None, dict[str, Any]]:
         """Scan over the layers; captures of some layers only are written to buffers as they come."""
 
+        # A layer's 8-bit matrices stay in their stack, since to slice them out would copy them.
+        stacks, rest = eqx.partition(self.blocks, _is_quantised, is_leaf=_is_quantised)
+
         def run(carry, xs):
             x, cache = carry
-            block, layer = xs
+            rest, layer = xs
+            slots = jax.tree.map(lambda q: index(q, layer), stacks, is_leaf=_is_quantised)
+            block = eqx.combine(slots, rest, is_leaf=_is_slot)
             tap = Tap(captures, edits, layer, positions)
             x, cache = block(x, positions, visible, cache, layer, self.dtype, tap)
             return (x, cache), tap.captured
 
         layers = jnp.arange(self.config.n_layers)
         some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
-        xs = (self.blocks, layers)
+        xs = (rest, layers)
         if not some:
             (x, cache), captured = jax.lax.scan(run, (x, cache), xs)
             return x, cache, captured
@@ -176,6 +181,14 @@ class Grok(eqx.Module):
         buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
         ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
         return x, cache, captured | buffers
+
+
+def _is_quantised(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
+def _is_slot(x: Any) -> bool:
+    return x is None or isinstance(x, Slot)
 
 
 def _zeros(n: int, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
@@ -240,7 +253,7 @@ def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) 
         if isinstance(spec, ParamSpec):
             return spec.initialise(key)
         weight: Any = spec.weight
-        floats = jax.random.normal(key, weight.shape) * weight.init_scale
+        floats = jax.random.normal(key, spec.shape) * weight.init_scale
         return quantize(floats, spec.scales.shape[-2])
 
     specs = param_specs(config, dtype)

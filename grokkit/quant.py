@@ -1,19 +1,21 @@
 """8-bit weights: int8 values with a bfloat16 scale for each group and output column.
 
-The groups cut the contracting axis K in equal, consecutive parts: the weight of row k and
-column n is `weight[k, n] * scales[k // (K / G), n]`. This is the official checkpoint's form.
+The groups cut the contracting axis K in equal, consecutive parts: the matrix's entry in row k and
+column n is `weight[n, k] * scales[k // (K / G), n]`. The values are held transposed, [n, k]: what
+makes one output lies together, which is how products read a matrix fastest. The official
+checkpoint holds [k, n]; reading and writing it turn the matrices round.
 """
 
-from typing import Any
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int8
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, BFloat16, Float, Int, Int8, PyTree
 
 from grokkit.errors import GrokkitError
-from grokkit.numerics import einsum32
-from grokkit.sharding import Declaration
+from grokkit.sharding import Declaration, ParamSpec
 
 
 class QuantizedArray(eqx.Module):
@@ -22,18 +24,89 @@ class QuantizedArray(eqx.Module):
     In a tree of declarations both leaves are `ParamSpec`s.
     """
 
-    weight: Int8[Array, "*lead k n"] | Declaration
+    weight: Int8[Array, "*lead n k"] | Declaration
     scales: BFloat16[Array, "*lead g n"] | Declaration
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix, leading axes first."""
-        return self.weight.shape
+        """Shape of the matrix, leading axes first: `(*lead, k, n)`."""
+        *lead, n, k = self.weight.shape
+        return (*lead, k, n)
 
     @property
     def groups(self) -> int:
         """Number of scale groups G along the contracting axis."""
         return self.scales.shape[-2]
+
+
+class Slot(eqx.Module):
+    """One matrix of a stack (or a part of the stack), named but not read yet.
+
+    Slicing a matrix out of a stack copies it; a product that knows the place reads its parts as it
+    needs them.
+    """
+
+    stack: QuantizedArray
+    at: tuple[Int[Array, ""], ...]
+    """Place on the first leading axes of the stack."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix, or of the smaller stack, that is named."""
+        return self.stack.shape[len(self.at) :]
+
+    def read(self) -> QuantizedArray:
+        """What is named, copied out."""
+
+        def take(a: Array) -> Array:
+            rest = a.shape[len(self.at) :]
+            start = (*self.at, *(jnp.int32(0),) * len(rest))
+            return jax.lax.dynamic_slice(a, start, (1,) * len(self.at) + rest).reshape(rest)
+
+        return jax.tree.map(take, self.stack)
+
+
+def index(
+    stack: QuantizedArray | Slot | Array, i: Int[Array, ""] | int
+) -> QuantizedArray | Slot | Array:
+    """Entry `i` of the leading axis of a stack of matrices; of 8-bit ones, its `Slot`."""
+    if isinstance(stack, QuantizedArray):
+        return Slot(stack, (jnp.asarray(i, jnp.int32),))
+    if isinstance(stack, Slot):
+        return Slot(stack.stack, (*stack.at, jnp.asarray(i, jnp.int32)))
+    return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+
+def layout(w: QuantizedArray | Slot | Array, cut: Literal["k", "n"]) -> PyTree[P]:
+    """Where a matrix's arrays lie when one of its axes is cut over the mesh's `model` axis.
+
+    The scale groups are cut with the contracting axis k, so that each device has its own.
+    """
+    stack, at = (w.stack, w.at) if isinstance(w, Slot) else (w, ())
+    lead = (None,) * (len(stack.shape) - 2)
+    first, last = P(*lead, "model", None), P(*lead, None, "model")
+    if not isinstance(stack, QuantizedArray):
+        return first if cut == "k" else last
+    weight, scales = (last, first) if cut == "k" else (first, last)
+    return jax.tree.unflatten(jax.tree.structure(w), [weight, scales, *(P() for _ in at)])
+
+
+def declare(
+    shape: tuple[int, ...], axes: tuple[str, ...], groups: tuple[int, str] = (1, "group")
+) -> QuantizedArray:
+    """Declare a matrix, or a stack of them.
+
+    **Arguments:**
+
+    - `shape`, `axes`: of the matrix, `(*lead, k, n)`. Random weights have variance 1 / k.
+    - `groups`: number of scale groups, and the logical axis along which they lie.
+    """
+    *lead, k, n = shape
+    *lead_axes, k_axis, n_axis = axes
+    return QuantizedArray(
+        ParamSpec((*lead, n, k), jnp.int8, (*lead_axes, n_axis, k_axis), k**-0.5),
+        ParamSpec((*lead, groups[0], n), jnp.bfloat16, (*lead_axes, groups[1], n_axis)),
+    )
 
 
 def quantize(w: Float[Array, "*lead k n"], groups: int = 1) -> QuantizedArray:
@@ -58,47 +131,13 @@ def quantize(w: Float[Array, "*lead k n"], groups: int = 1) -> QuantizedArray:
     scales = (largest / 127).astype(jnp.bfloat16)
     divisor = jnp.where(scales == 0, 1, scales.astype(jnp.float32))[..., None, :]
     rounded = jnp.clip(jnp.round(grouped / divisor), -127, 127).astype(jnp.int8)
-    return QuantizedArray(rounded.reshape(w.shape), scales)
+    return QuantizedArray(jnp.swapaxes(rounded.reshape(w.shape), -1, -2), scales)
 
 
 def dequantize(q: QuantizedArray, dtype: jnp.dtype = jnp.float32) -> Float[Array, "*lead k n"]:
     """The matrix that `q` stands for, whole. For tests and analyses; the model never makes it."""
-    *lead, k, n = q.weight.shape
-    grouped = q.weight.astype(jnp.float32).reshape(*lead, q.groups, k // q.groups, n)
+    *lead, k, n = q.shape
+    weight = jnp.swapaxes(q.weight, -1, -2).astype(jnp.float32)
+    grouped = weight.reshape(*lead, q.groups, k // q.groups, n)
     scaled = grouped * q.scales.astype(jnp.float32)[..., :, None, :]
-    return scaled.reshape(q.weight.shape).astype(dtype)
-
-
-def matmul(
-    x: Float[Array, "*rows k"], w: QuantizedArray | Float[Array, "k n"], dtype: Any
-) -> Float[Array, "*rows n"]:
-    """`x @ w` with the scales applied to each group's partial result.
-
-    Scaling the result instead of the matrix keeps the products in float32 and saves a second
-    matrix of floats.
-
-    **Arguments:**
-
-    - `x`: rows to multiply.
-    - `w`: an 8-bit matrix, or one of floats.
-    - `dtype`: float32 or bfloat16, in which to multiply; see `einsum32`.
-
-    **Returns:** the product in float32.
-    """
-    if not isinstance(w, QuantizedArray):
-        return einsum32("...k,kn->...n", x, w, dtype)
-    k, n = w.weight.shape
-    groups = w.groups
-    scales = w.scales.astype(jnp.float32)
-    if groups == 1:
-        product = einsum32("...k,kn->...n", x, w.weight, dtype)
-        return product * scales[0]
-    grouped = x.reshape(*x.shape[:-1], groups, k // groups)
-    weight = w.weight.reshape(groups, k // groups, n)
-    partial = einsum32("...gk,gkn->...gn", grouped, weight, dtype)
-    return jnp.sum(partial * scales, axis=-2)
-
-
-def index(q: QuantizedArray | Array, i: Array | int) -> QuantizedArray | Array:
-    """Entry `i` of the leading axis of a stack of matrices."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), q)
+    return scaled.reshape(q.shape).astype(dtype)

@@ -43,7 +43,8 @@ def relative_error(found, expected) -> float:
 def float64(w) -> np.ndarray:
     """A matrix as the reference takes it, dequantised if it is quantised."""
     if isinstance(w, QuantizedArray):
-        return reference.dequantize(np.asarray(w.weight), np.asarray(w.scales))
+        weight = np.swapaxes(np.asarray(w.weight), -1, -2)  # held [n, k]; officially [k, n]
+        return reference.dequantize(weight, np.asarray(w.scales))
     return np.asarray(w, np.float64)
 
 
@@ -76,10 +77,8 @@ def random_model(config: GrokConfig, seed: int, mesh=None) -> Grok:
         if isinstance(spec, QuantizedArray):
             weight, scales = spec.weight, spec.scales
             size = random.uniform(0.5, 1.5, scales.shape) * weight.init_scale / 73
-            return QuantizedArray(
-                jnp.asarray(random.integers(-127, 128, weight.shape), jnp.int8),
-                jnp.asarray(size, jnp.bfloat16),
-            )
+            values = random.integers(-127, 128, spec.shape).swapaxes(-1, -2)
+            return QuantizedArray(jnp.asarray(values, jnp.int8), jnp.asarray(size, jnp.bfloat16))
         if spec.init_scale is None:
             return jnp.asarray(random.normal(1, 0.3, spec.shape), spec.dtype)
         return jnp.asarray(random.normal(0, spec.init_scale, spec.shape), spec.dtype)

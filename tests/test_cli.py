@@ -136,7 +136,9 @@ def test_inspect_shows_the_checkpoint(capsys, golden_dir):
     weight = lm.model.blocks.moe.out.weight[0]
     local = weight.addressable_shards[0].data.shape
     assert row.split("  ")[0] == "transformer/decoder_layer_0/moe/linear_1/w"
-    for shown in (weight.shape, local):
+    # As in the file, [k, n]; the model holds it [n, k].
+    for *lead, n, k in (weight.shape, local):
+        shown = (*lead, k, n)
         assert " x ".join(map(str, shown)) in row
     assert "int8" in row and f" {weight.nbytes:,} " in row and row.endswith("d_ff cut in 8")
 

@@ -26,7 +26,10 @@ def test_demo_shows_layout_text_and_experts(checkpoint, capsys):
     printed = capsys.readouterr().out
 
     lm = grokkit.load(checkpoint, progress=False)
-    assert "32 x 32 in int8: each of 8 devices holds the columns of 1 of its 8 heads" in printed
+    assert (
+        "32 outputs x 32 inputs in int8: each of 8 devices holds the rows of 1 of its 8 heads"
+        in printed
+    )
     assert all(f"CPU {device}" in printed for device in range(8))
     new = list(lm.stream(prompt, max_len=6, temperature=0.7, top_p=0.95, seed=3))
     assert f"\n{prompt}{''.join(map(str, new))}\n" in printed

@@ -37,7 +37,8 @@ def test_layout_is_what_loading_makes(golden, golden_dir, data, model):
     query = lm.model.blocks.attention.query
     rows = {row.name: row for row in layout.rows}
     name = "transformer/decoder_layer_3/multi_head_attention/query/w"
-    assert rows[name].local_shape == query.weight.addressable_shards[0].data.shape[1:]
+    n, k = query.weight.addressable_shards[0].data.shape[1:]
+    assert rows[name].local_shape == (k, n)  # as in the file; the model holds it [n, k]
     assert rows[f"{name}.scales"].local_shape == query.scales.addressable_shards[0].data.shape[1:]
 
 

@@ -163,7 +163,9 @@ def test_weights_that_are_not_quantised_do_as_well(odd_model, odd_tokens, odd_ex
     def float_matrix(w):
         if not isinstance(w, QuantizedArray):
             return w
-        return jax.device_put(float64(w).astype(np.float32), w.weight.sharding)
+        *lead, n_axis, k_axis = w.weight.sharding.spec
+        layout = jax.NamedSharding(w.weight.sharding.mesh, jax.P(*lead, k_axis, n_axis))
+        return jax.device_put(float64(w).astype(np.float32), layout)
 
     model = jax.tree.map(float_matrix, odd_model, is_leaf=lambda w: isinstance(w, QuantizedArray))
     assert {a.dtype for a in jax.tree.leaves(model)} == {jnp.dtype(jnp.float32)}
@@ -340,6 +342,10 @@ def test_grok_1_has_the_official_arrays_in_the_official_layout(grok_1):
     assert set(leaves) == {f"blocks.{name}" for name in OFFICIAL}
     for name, (shape, spec) in OFFICIAL.items():
         leaf = leaves[f"blocks.{name}"]
+        if name.endswith(".weight"):  # held turned round: output axis first
+            *lead, k, n = shape
+            shape = (*lead, n, k)
+            spec = (*spec[:-2], spec[-1], spec[-2])
         assert leaf.shape == (64, *shape), name
         assert leaf.dtype == OFFICIAL_DTYPES.get(name.split(".")[-1], jnp.float32), name
         parts = [8 if axis == "model" else 1 for axis in spec] + [1] * (len(shape) - len(spec))

@@ -1,6 +1,5 @@
 """8-bit weights against their definition in float64."""
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -9,9 +8,10 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import PartitionSpec as P
 
 from grokkit.errors import GrokkitError
-from grokkit.quant import QuantizedArray, dequantize, index, matmul, quantize
+from grokkit.quant import QuantizedArray, dequantize, index, layout, quantize
 
 FEW = settings(max_examples=25, deadline=None)
 
@@ -19,14 +19,15 @@ FEW = settings(max_examples=25, deadline=None)
 def make(seed, *shape, groups=1):
     """Random int8 values and scales, of a few shapes so that little is compiled."""
     random = np.random.default_rng(seed)
-    *lead, _, n = shape
-    weight = random.integers(-128, 128, shape).astype(np.int8)
+    *lead, k, n = shape
+    weight = random.integers(-128, 128, (*lead, n, k)).astype(np.int8)
     scales = random.uniform(0.001, 0.1, (*lead, groups, n)).astype(ml_dtypes.bfloat16)
     return QuantizedArray(jnp.asarray(weight), jnp.asarray(scales))
 
 
 def exact(q):
-    return reference.dequantize(np.asarray(q.weight), np.asarray(q.scales))
+    weight = np.swapaxes(np.asarray(q.weight), -1, -2)
+    return reference.dequantize(weight, np.asarray(q.scales))
 
 
 matrices = st.sampled_from([((12, 3), 1), ((12, 3), 4), ((2, 12, 3), 3)]).flatmap(
@@ -106,44 +107,28 @@ def test_dequantise_is_the_definition_to_rounding(seed, groups):
     np.testing.assert_allclose(rounded, exact(q), rtol=2**-8)
 
 
-def products(x, q):
-    """x @ w in float64, and how large the terms summed are: what rounding is measured against."""
-    return x.astype(np.float64) @ exact(q), np.abs(x).astype(np.float64) @ np.abs(exact(q))
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 8]), st.sampled_from([(), (3,), (2, 3)]))
-@FEW
-def test_matmul_is_the_product_with_the_dequantised_matrix(seed, groups, rows):
-    q = make(seed, 16, 5, groups=groups)
-    x = np.random.default_rng(seed).normal(size=(*rows, 16)).astype(np.float32)
-    expected, size = products(x, q)
-    found = jax.jit(matmul, static_argnums=2)(jnp.asarray(x), q, jnp.dtype(jnp.float32))
-    assert found.dtype == jnp.float32 and found.shape == (*rows, 5)
-    assert (np.abs(np.asarray(found, np.float64) - expected) <= 1e-6 * size).all()
-
-
-@pytest.mark.parametrize("groups", [1, 8])
-def test_bfloat16_matmul_sums_in_float32(groups):
-    q = make(0, 4096, 5, groups=groups)
-    x = np.random.default_rng(0).normal(size=(3, 4096)).astype(ml_dtypes.bfloat16)
-    expected, size = products(x, q)
-    found = matmul(jnp.asarray(x), q, jnp.dtype(jnp.bfloat16))
-    assert found.dtype == jnp.float32
-    # A sum in bfloat16 would be off by more than 2**-9 of its terms' size after a few of them.
-    assert (np.abs(np.asarray(found, np.float64) - expected) <= 1e-5 * size).all()
-
-
-def test_matmul_takes_a_matrix_of_floats():
-    random = np.random.default_rng(0)
-    x, w = random.normal(size=(3, 4)), random.normal(size=(4, 5))
-    found = matmul(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), jnp.dtype("float32"))
-    np.testing.assert_allclose(found, x @ w, rtol=1e-5, atol=1e-6)
-
-
-def test_index_takes_one_matrix_of_a_stack():
-    q = make(0, 3, 4, 5, groups=2)
-    for i in range(3):
-        one = index(q, jnp.int32(i))
-        np.testing.assert_array_equal(one.weight, q.weight[i])
-        np.testing.assert_array_equal(one.scales, q.scales[i])
+def test_index_names_one_matrix_of_a_stack():
+    q = make(0, 3, 2, 4, 5, groups=2)
+    for i, j in np.ndindex(3, 2):
+        row = index(q, jnp.int32(i))
+        assert row.shape == (2, 4, 5) and index(row, j).shape == (4, 5)
+        for found, expected in ((row.read(), (i,)), (index(row, j).read(), (i, j))):
+            np.testing.assert_array_equal(found.weight, q.weight[expected])
+            np.testing.assert_array_equal(found.scales, q.scales[expected])
         np.testing.assert_array_equal(index(q.weight, i), q.weight[i])
+
+
+@pytest.mark.parametrize(
+    "cut, weight, scales",
+    [
+        ("k", P(None, None, "model"), P(None, "model", None)),
+        ("n", P(None, "model", None), P(None, None, "model")),
+    ],
+)
+def test_layout_cuts_scales_with_their_weights(cut, weight, scales):
+    q = make(0, 3, 8, 4, groups=2)
+    assert (layout(q, cut).weight, layout(q, cut).scales) == (weight, scales)
+    slot = layout(index(q, 0), cut)
+    assert (slot.stack.weight, slot.stack.scales, slot.at) == (weight, scales, (P(),))
+    floats = P(None, "model", None) if cut == "k" else P(None, None, "model")
+    assert layout(dequantize(q), cut) == floats

@@ -2,7 +2,8 @@
 
 Each device's slice of each layer goes from the memory-mapped file into that device's part of the
 stacked array. There is no host copy of the model, nor of a layer: on accelerators the memory
-beyond the weights is one slice on its way (on the host and on the device); on CPU devices, none.
+beyond the weights is one slice on its way (on the host and on the device); on CPU devices, one
+slice of an 8-bit matrix, which is turned round on its way.
 """
 
 import dataclasses
@@ -61,6 +62,21 @@ class _Source:
     file: TensorFile
     span: ArraySpan
     layer: int | None
+    turned: bool
+    """Whether the leaf holds it with its last two axes exchanged, as 8-bit matrices are."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the leaf holds it."""
+        if not self.turned:
+            return self.span.shape
+        *lead, k, n = self.span.shape
+        return (*lead, n, k)
+
+    def open(self) -> np.ndarray:
+        """The file's array, mapped into memory, in the leaf's order of axes."""
+        whole = self.file.open(self.span)
+        return whole.swapaxes(-1, -2) if self.turned else whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +93,8 @@ def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> l
     """Match leaves and files, each exactly once."""
     sources: dict[str, list[_Source]] = {}
     for entry in checkpoint:
-        for path, span in _leaf_paths(entry):
-            sources.setdefault(path, []).append(_Source(entry.file, span, entry.key.layer))
+        for path, source in _sources(entry):
+            sources.setdefault(path, []).append(source)
     _check_paths(checkpoint, {path for path, _ in specs}, set(sources))
     plans = []
     for path, spec in specs:
@@ -95,12 +111,14 @@ def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> l
     return plans
 
 
-def _leaf_paths(entry: Entry) -> Iterable[tuple[str, ArraySpan]]:
-    if entry.file.scales is None:
-        return [(entry.key.path, entry.file.weight)]
+def _sources(entry: Entry) -> Iterable[tuple[str, _Source]]:
+    """Each array of a file, with its leaf's path."""
+    key, file = entry.key, entry.file
+    if file.scales is None:
+        return [(key.path, _Source(file, file.weight, key.layer, turned=False))]
     return [
-        (f"{entry.key.path}.weight", entry.file.weight),
-        (f"{entry.key.path}.scales", entry.file.scales),
+        (f"{key.path}.weight", _Source(file, file.weight, key.layer, turned=True)),
+        (f"{key.path}.scales", _Source(file, file.scales, key.layer, turned=False)),
     ]
 
 
@@ -123,9 +141,9 @@ def _check_paths(checkpoint: Checkpoint, wanted: set[str], available: set[str]) 
 def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[_Source]) -> None:
     first = parts[0]
     if first.layer is None:
-        shape = first.span.shape
+        shape = first.shape
     else:
-        shape = (len(parts), *first.span.shape)
+        shape = (len(parts), *first.shape)
     if spec.shape != shape or np.dtype(spec.dtype) != first.span.dtype:
         raise refusal(
             checkpoint.directory,
@@ -141,7 +159,7 @@ def _load(plan: _Plan, bar: Any) -> Array:
     parts = {device: new_part(device, local_shape, plan.dtype) for device in places}
     # Devices inside, layers outside: each file is read once while it is in the page cache.
     for source in plan.sources:
-        whole = source.file.open(source.span)
+        whole = source.open()
         for device, index in places.items():
             assert index is not None
             if source.layer is None:
@@ -167,6 +185,9 @@ class HostPart:
 
     def write(self, place: Any, values: np.ndarray) -> None:
         """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
+        if values.ndim > 1 and values.strides[-1] != values.itemsize:
+            # JAX turns a matrix round ten times as fast as numpy.
+            values = np.asarray(jax.device_put(values, self.device, may_alias=False))
         self.memory[place] = values
 
     def finish(self) -> Array:
@@ -185,7 +206,6 @@ class DevicePart:
     def write(self, place: Any, values: np.ndarray) -> None:
         """See `HostPart.write`."""
         # Waiting twice keeps it to one slice under way: transfers would otherwise queue up.
-        values = np.ascontiguousarray(values)
         piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
         if place is ...:
             self.array = piece

@@ -13,8 +13,7 @@ from grokkit.kv_cache import KVCache, write
 from grokkit.layers.linear import column_parallel, row_parallel
 from grokkit.layers.rotary import rotate
 from grokkit.numerics import einsum32
-from grokkit.quant import QuantizedArray
-from grokkit.sharding import ParamSpec
+from grokkit.quant import QuantizedArray, Slot, declare
 from grokkit.taps import Tap
 
 _HEADS = P("data", None, "model")
@@ -24,10 +23,10 @@ _SCORES = P("data", "model")
 class Attention(eqx.Module):
     """Query, key, value and output projections of one layer."""
 
-    query: QuantizedArray | Float[Array, "*layer d_model heads"]
-    key: QuantizedArray | Float[Array, "*layer d_model kv_heads"]
-    value: QuantizedArray | Float[Array, "*layer d_model kv_heads"]
-    out: QuantizedArray | Float[Array, "*layer heads d_model"]
+    query: QuantizedArray | Slot | Float[Array, "*layer d_model heads"]
+    key: QuantizedArray | Slot | Float[Array, "*layer d_model kv_heads"]
+    value: QuantizedArray | Slot | Float[Array, "*layer d_model kv_heads"]
+    out: QuantizedArray | Slot | Float[Array, "*layer heads d_model"]
     config: GrokConfig = eqx.field(static=True)
 
     @staticmethod
@@ -35,21 +34,15 @@ class Attention(eqx.Module):
         """Declare the parameters."""
 
         def into(n_heads: int, axis: str) -> QuantizedArray:
-            n = n_heads * config.d_head
-            return QuantizedArray(
-                ParamSpec((config.d_model, n), jnp.int8, ("d_model", axis), config.d_model**-0.5),
-                ParamSpec((1, n), jnp.bfloat16, ("group", axis)),
-            )
+            return declare((config.d_model, n_heads * config.d_head), ("d_model", axis))
 
         heads = config.n_heads * config.d_head
-        groups = config.out_groups
         return Attention(
             query=into(config.n_heads, "heads"),
             key=into(config.n_kv_heads, "kv_heads"),
             value=into(config.n_kv_heads, "kv_heads"),
-            out=QuantizedArray(
-                ParamSpec((heads, config.d_model), jnp.int8, ("heads", "d_model"), heads**-0.5),
-                ParamSpec((groups, config.d_model), jnp.bfloat16, ("group_split", "d_model")),
+            out=declare(
+                (heads, config.d_model), ("heads", "d_model"), (config.out_groups, "group_split")
             ),
             config=config,
         )

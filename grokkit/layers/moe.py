@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from grokkit.config import GrokConfig
 from grokkit.layers.experts import expert_outputs
 from grokkit.layers.router import Routing, route
-from grokkit.quant import QuantizedArray
+from grokkit.quant import QuantizedArray, Slot, declare, layout
 from grokkit.sharding import Declaration, ParamSpec
 from grokkit.taps import Tap
 
@@ -22,27 +22,21 @@ class MoE(eqx.Module):
     """Router and experts of one layer; every expert is cut along its hidden units."""
 
     router: Float[Array, "*layer d_model expert"] | Declaration
-    gate: QuantizedArray | Float[Array, "*layer expert d_model d_ff"]
-    value: QuantizedArray | Float[Array, "*layer expert d_model d_ff"]
-    out: QuantizedArray | Float[Array, "*layer expert d_ff d_model"]
+    gate: QuantizedArray | Slot | Float[Array, "*layer expert d_model d_ff"]
+    value: QuantizedArray | Slot | Float[Array, "*layer expert d_model d_ff"]
+    out: QuantizedArray | Slot | Float[Array, "*layer expert d_ff d_model"]
     config: GrokConfig = eqx.field(static=True)
 
     @staticmethod
     def specs(config: GrokConfig) -> "MoE":
         """Declare the parameters."""
         e, d, f, g = config.n_experts, config.d_model, config.d_ff, config.out_groups
-        into = QuantizedArray(
-            ParamSpec((e, d, f), jnp.int8, ("expert", "d_model", "d_ff"), d**-0.5),
-            ParamSpec((e, 1, f), jnp.bfloat16, ("expert", "group", "d_ff")),
-        )
+        into = declare((e, d, f), ("expert", "d_model", "d_ff"))
         return MoE(
             router=ParamSpec((d, e), jnp.float32, ("d_model", "expert"), d**-0.5),
             gate=into,
             value=into,
-            out=QuantizedArray(
-                ParamSpec((e, f, d), jnp.int8, ("expert", "d_ff", "d_model"), f**-0.5),
-                ParamSpec((e, g, d), jnp.bfloat16, ("expert", "group_split", "d_model")),
-            ),
+            out=declare((e, f, d), ("expert", "d_ff", "d_model"), (g, "group_split")),
             config=config,
         )
 
@@ -77,8 +71,7 @@ class MoE(eqx.Module):
             y = jax.lax.psum(y, "model")
             return y.reshape(*x.shape[:2], *y.shape[1:])
 
-        into = jax.tree.map(lambda _: P(None, None, "model"), self.gate)
-        back = jax.tree.map(lambda _: P(None, "model", None), self.out)
+        into, back = layout(self.gate, "n"), layout(self.out, "k")
         return jax.shard_map(
             local,
             in_specs=(_ROWS, _ROWS, _ROWS, into, into, back),

@@ -37,6 +37,8 @@ def expected(checkpoint) -> dict[str, np.ndarray]:
         arrays = [np.array(entry.file.open(span)) for span in entry.file.spans]
         names = [""] if len(arrays) == 1 else [".weight", ".scales"]
         for suffix, array in zip(names, arrays, strict=True):
+            if suffix == ".weight":
+                array = np.ascontiguousarray(array.swapaxes(-1, -2))  # held [n, k]
             if "decoder_layer_" in entry.key.name:
                 layer = int(entry.key.name.split("decoder_layer_")[1].split("/")[0])
                 stacks.setdefault(entry.key.path + suffix, {})[layer] = array
@@ -160,8 +162,8 @@ def test_specs_of_another_model(checkpoint, no_allocation):
         load_params(checkpoint, param_specs(other), make_mesh(1, 1), progress=False)
     assert str(e.value) == (
         f"{checkpoint.directory}\n"
-        "  expected: int8 of shape (12, 8, 64, 96) for blocks.moe.gate.weight\n"
-        "  found: int8 of shape (12, 8, 64, 88)\n"
+        "  expected: int8 of shape (12, 8, 96, 64) for blocks.moe.gate.weight\n"
+        "  found: int8 of shape (12, 8, 88, 64)\n"
         "  what to do: pass grokkit.model.param_specs(checkpoint.config)"
     )
     fewer = dataclasses.replace(checkpoint.config, n_layers=11)

@@ -60,8 +60,9 @@ def test_every_parameter_of_the_model_once():
         if key.scales_shape is None:
             expected = {key.path: ((*lead, *key.shape), key.dtype)}
         else:
+            *experts, k, n = key.shape  # in the file; the model holds [n, k]
             expected = {
-                f"{key.path}.weight": ((*lead, *key.shape), key.dtype),
+                f"{key.path}.weight": ((*lead, *experts, n, k), key.dtype),
                 f"{key.path}.scales": ((*lead, *key.scales_shape), np.dtype("bfloat16")),
             }
         for path, value in expected.items():

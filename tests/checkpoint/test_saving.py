@@ -160,7 +160,7 @@ def test_parameters_that_do_not_fit(params, config, tmp_path):
         params,
         dataclasses.replace(config, n_layers=11),
         target,
-        "expected: int8 of shape (11, 8, 64, 88)\n  found: int8 of shape (12, 8, 64, 88)",
+        "expected: int8 of shape (11, 8, 88, 64)\n  found: int8 of shape (12, 8, 88, 64)",
     )
     halved = eqx.tree_at(
         lambda m: m.embedding.weight, params, params.embedding.weight.astype(jnp.bfloat16)

@@ -1,5 +1,7 @@
 """The sorted, blocked form of the experts against running each row's own."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +12,7 @@ from helpers import float64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokkit.layers.experts import expert_outputs
+from grokkit.layers.experts import _sizes, expert_outputs, plain, trimmed
 from grokkit.quant import QuantizedArray
 
 D_MODEL, D_FF, N_EXPERTS = 8, 16, 5
@@ -18,7 +20,7 @@ FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def matrix(random, k, n, groups):
-    weight = random.integers(-127, 128, (N_EXPERTS, k, n)).astype(np.int8)
+    weight = random.integers(-127, 128, (N_EXPERTS, n, k)).astype(np.int8)
     scales = random.uniform(0.5, 1.5, (N_EXPERTS, groups, n)) / 127
     return QuantizedArray(jnp.asarray(weight), jnp.asarray(scales.astype(ml_dtypes.bfloat16)))
 
@@ -33,10 +35,16 @@ def matrices():
     )
 
 
-run = jax.jit(expert_outputs, static_argnums=5)
+FORMS = {"expert_outputs": expert_outputs, "plain": plain, "trimmed": trimmed}
+JITTED = {name: jax.jit(form, static_argnums=5) for name, form in FORMS.items()}
 
 
-def check(matrices, chosen, seed=0):
+@pytest.fixture(params=FORMS, scope="module")
+def run(request):
+    return JITTED[request.param]
+
+
+def check(run, matrices, chosen, seed=0):
     x = np.random.default_rng(seed).normal(size=(len(chosen), D_MODEL)).astype(np.float32)
     found = run(jnp.asarray(x), jnp.asarray(chosen, jnp.int32), *matrices, FLOAT32)
     expected = reference.expert_outputs(
@@ -51,43 +59,69 @@ def check(matrices, chosen, seed=0):
     skew=st.floats(0.05, 10),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_routing_gives_each_row_its_own_experts(seed, shape, skew, matrices):
+def test_any_routing_gives_each_row_its_own_experts(run, seed, shape, skew, matrices):
     random = np.random.default_rng(seed)
     probs = random.dirichlet([skew] * N_EXPERTS) + 1e-9
     rows = [
         random.choice(N_EXPERTS, shape[1], replace=False, p=probs / probs.sum())
         for _ in range(shape[0])
     ]
-    check(matrices, np.array(rows), seed)
+    check(run, matrices, np.array(rows), seed)
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 33, 700])
 @pytest.mark.parametrize("expert", [0, N_EXPERTS - 1])
-def test_all_rows_to_one_expert(n_rows, expert, matrices):
-    check(matrices, np.full((n_rows, 1), expert))
+def test_all_rows_to_one_expert(run, n_rows, expert, matrices):
+    check(run, matrices, np.full((n_rows, 1), expert))
 
 
-def test_a_row_may_choose_one_expert_twice(matrices):
-    check(matrices, np.array([[2, 2], [2, 0], [0, 0]]))
+def test_a_row_may_choose_one_expert_twice(run, matrices):
+    check(run, matrices, np.array([[2, 2], [2, 0], [0, 0]]))
 
 
-def test_choices_keep_their_order(matrices):
+def test_choices_keep_their_order(run, matrices):
     x = jnp.ones((2, D_MODEL))
     one, other = (run(x, jnp.array(c), *matrices, FLOAT32) for c in ([[1, 3]] * 2, [[3, 1]] * 2))
     np.testing.assert_allclose(one, np.asarray(other)[:, ::-1], rtol=1e-6)
     assert not np.allclose(one[:, 0], one[:, 1])
 
 
-def test_float_matrices_do_as_well(matrices):
+def test_float_matrices_do_as_well(run, matrices):
     floats = tuple(jnp.asarray(float64(m), jnp.float32) for m in matrices)
-    check(matrices, np.array([[0, 1], [4, 2]]))
+    check(run, matrices, np.array([[0, 1], [4, 2]]))
     x, chosen = jnp.ones((2, D_MODEL)), jnp.array([[0, 1], [4, 2]])
     found = run(x, chosen, *floats, FLOAT32)
     assert relative_error(found, run(x, chosen, *matrices, FLOAT32)) < 1e-6
 
 
-def test_an_expert_that_none_chose_is_not_read(matrices):
+def test_an_expert_that_none_chose_is_not_read(run, matrices):
     """Its weights could be anything."""
     poisoned = tuple(QuantizedArray(m.weight, m.scales.at[3].set(jnp.nan)) for m in matrices)
     found = run(jnp.ones((4, D_MODEL)), jnp.array([[0, 1]] * 4), *poisoned, FLOAT32)
     assert np.isfinite(found).all()
+
+
+def test_sizes_waste_little():
+    for largest in (1, 2, 7, 16, 100, 256):
+        sizes = _sizes(largest)
+        assert sizes[0] == 1 and sizes[-1] == largest and sizes == sorted(set(sizes))
+        assert all(b <= 2 * a for a, b in itertools.pairwise(sizes) if b <= 32)
+        assert all(b <= 1.5 * a for a, b in itertools.pairwise(sizes) if b > 32)
+
+
+def test_gradient_reaches_every_row(run, matrices):
+    """Against finite differences of the definition."""
+    random = np.random.default_rng(3)
+    x, direction = random.normal(size=(2, 9, D_MODEL))
+    chosen = random.integers(0, N_EXPERTS, (9, 2))
+    weights = random.normal(size=(9, 2, D_MODEL))
+    floats = [float64(m) for m in matrices]
+
+    def expected(x):
+        return np.sum(reference.expert_outputs(x, chosen, *floats) * weights)
+
+    slope = (expected(x + 1e-5 * direction) - expected(x - 1e-5 * direction)) / 2e-5
+    gradient = jax.grad(lambda x: jnp.sum(run(x, chosen, *matrices, FLOAT32) * weights))
+    with jax.numpy_dtype_promotion("standard"):
+        found = gradient(jnp.asarray(x, jnp.float32))
+    assert np.sum(np.asarray(found) * direction) == pytest.approx(slope, rel=1e-4)

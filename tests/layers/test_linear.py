@@ -8,35 +8,34 @@ from jax.sharding import PartitionSpec as P
 
 import grokkit
 from grokkit.layers.linear import column_parallel, row_parallel
-from grokkit.quant import QuantizedArray
+from grokkit.quant import QuantizedArray, layout
 
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
-def make(mesh, k, n, groups, spec):
+def make(mesh, k, n, groups, cut):
     random = np.random.default_rng(k)
-    weight = random.integers(-127, 128, (k, n)).astype(np.int8)
+    weight = random.integers(-127, 128, (n, k)).astype(np.int8)
     scales = random.uniform(0.01, 1, (groups, n)).astype(ml_dtypes.bfloat16)
-    sharding = jax.NamedSharding(mesh, spec)
+    q = QuantizedArray(jnp.asarray(weight), jnp.asarray(scales))
     return jax.tree.map(
-        lambda a: jax.device_put(a, sharding),
-        QuantizedArray(jnp.asarray(weight), jnp.asarray(scales)),
+        lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)), q, layout(q, cut)
     )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 4), (1, 8)], ids=str)
 @pytest.mark.parametrize(
-    "function, groups, weight_spec, x_spec, out_spec",
+    "function, groups, cut, x_spec, out_spec",
     [
-        (column_parallel, 1, P(None, "model"), P("data"), P("data", None, "model")),
+        (column_parallel, 1, "n", P("data"), P("data", None, "model")),
         # Eight groups whatever the number of devices: each device holds its own rows' groups.
-        (row_parallel, 8, P("model", None), P("data", None, "model"), P("data", None, None)),
+        (row_parallel, 8, "k", P("data", None, "model"), P("data", None, None)),
     ],
     ids=["column_parallel", "row_parallel"],
 )
-def test_is_the_product_on_any_mesh(function, groups, weight_spec, x_spec, out_spec, shape):
+def test_is_the_product_on_any_mesh(function, groups, cut, x_spec, out_spec, shape):
     mesh = grokkit.make_mesh(*shape)
-    w = make(mesh, 32, 16, groups, weight_spec)
+    w = make(mesh, 32, 16, groups, cut)
     x = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
     with jax.set_mesh(mesh):
         found = function(jax.device_put(x, jax.NamedSharding(mesh, x_spec)), w, FLOAT32)
