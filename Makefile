@@ -55,7 +55,7 @@ bench: $(VENV)/.installed-dev
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) docs/_build docs/reference docs/notebooks tests/browser/screenshots build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/reference docs/notebooks docs/_explorers tests/browser/screenshots build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --without-pip, since Debian's python3 has pip without ensurepip; pip then installs from outside.

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +23,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx.ext.doctest",
 ]
-exclude_patterns = ["_build", "_templates"]
+exclude_patterns = ["_build", "_templates", "_explorers"]
 templates_path = ["_templates"]
 
 html_theme = "furo"
@@ -40,6 +42,12 @@ if (HERE.parent / "notebooks").is_dir():
         HERE / "notebooks",
         ignore=shutil.ignore_patterns(".ipynb_checkpoints"),
     )
+
+# Pages that stand alone, saved by the explorers themselves; docs/widgets.md shows them.
+html_extra_path = ["_explorers"]
+subprocess.run(
+    [sys.executable, HERE / "make_explorers.py", HERE / "_explorers" / "explorers"], check=True
+)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -2,6 +2,7 @@
 
 import abc
 import html
+import inspect
 import os
 import traceback
 from collections.abc import Generator, Sequence
@@ -38,6 +39,12 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
     error = traitlets.Unicode("", help="What was wrong with the latest request; empty if nothing.")
     kind: str
     title: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let `help` and completion show an explorer's own arguments, not a widget's."""
+        super().__init_subclass__(**options)
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(own)
 
     def __init__(
         self,

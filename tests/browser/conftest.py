@@ -170,7 +170,7 @@ def chromium():
 @pytest.fixture(scope="session")
 def notebook(lab, chromium):
     """The notebook with every explorer, all cells run."""
-    context = chromium.new_context(viewport={"width": 1300, "height": 1000})
+    context = chromium.new_context(viewport={"width": 1300, "height": 1300})
     watched = Watched(context)
     page = watched.page
     page.goto(lab.page_of("explorers.ipynb"))

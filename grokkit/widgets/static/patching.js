@@ -17,12 +17,16 @@ views.patching = (context) => {
     context.set({ cell: [Number(cell.dataset.layer), Number(cell.dataset.case)] });
   });
 
+  const inPercent = (value) => {
+    const rounded = Math.round(100 * share(value));
+    return `${rounded < 0 ? "−" : ""}${Math.abs(rounded)}`;
+  };
   const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
   const share = (value) => (value - context.data.corrupted) /
     (context.data.clean - context.data.corrupted);
 
   function caseName(i) {
-    const { axis, tokens } = context.data;
+    const { axis } = context.data;
     return axis === "position" ? `position ${i}` : `${axis} ${i}`;
   }
 
@@ -36,7 +40,7 @@ views.patching = (context) => {
     const { layer, case: i, value } = cell.dataset;
     readout.dataset.value = value;
     readout.textContent = `layer ${layer}, ${caseName(i)}: the metric becomes ` +
-      `${signed(Number(value))}; ${(100 * share(Number(value))).toFixed(0)}% of the way from the ` +
+      `${signed(Number(value))}; ${inPercent(Number(value))}% of the way from the ` +
       "corrupted to the clean run";
   }
 
@@ -56,17 +60,17 @@ views.patching = (context) => {
           "data-case": i, "data-value": value,
           "aria-label": `layer ${layer}, ${caseName(i)}: ${signed(value)}`,
           style: { background: mix(colour, (0.85 * Math.abs(effect)) / largest) },
-        }, Math.abs(effect) >= 0.005 * largest ? `${Math.round(100 * share(value))}` : ""));
+        }, inPercent(value) === "0" ? "" : inPercent(value)));
       }))).reverse();
     refill(grid, make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" },
       axis === "position" ? "layer" : `layer, ${axis}`), heads)), make("tbody", {}, rows)));
   }
 
   function drawRuns() {
-    const { runs: known, axis } = context.data;
+    const { runs: known } = context.data;
     const { cell } = context.state;
     const shown = [["clean", "clean run"], ["corrupted", "corrupted run"]];
-    if (cell) shown.push([cell.join(","), `corrupted run, layer ${cell[0]}, ${caseName(cell[1])} patched`]);
+    if (cell) shown.push([cell.join(","), `layer ${cell[0]}, ${caseName(cell[1])} patched`]);
     runs.replaceChildren(...shown.map(([key, title]) => make("div", { "data-run": key },
       make("h4", {}, title),
       known[key] ? make("p", { "data-metric": known[key].metric }, `metric ${signed(known[key].metric)}`)
