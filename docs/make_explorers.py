@@ -36,7 +36,9 @@ def save(folder: Path) -> None:
     routing.to_html(folder / "routing-forced.html")
     text = "Mr. Ellsworth met Mr. Carter. Mr. Ellsworth met Mr. Carter."
     widgets.AttentionExplorer(lm, text, layer=3).to_html(folder / "attention.html")
-    widgets.LensExplorer(lm, "27+58=85\n31+45=76").to_html(folder / "lens.html")
+    lens = widgets.LensExplorer(lm, "27+58=85\n31+45=76", follow="9")
+    lens.view.state = {"token": 6, "follow": None}
+    lens.to_html(folder / "lens.html")
     sampling = widgets.SamplingPlayground(lm, "The duty of the Congress is", temperature=0.7)
     sampling.view.state = {"token": 0}
     sampling.to_html(folder / "sampling.html")

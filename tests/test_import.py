@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-WAITING = ["matplotlib", "ipywidgets", "IPython", "optax", "treescope", "huggingface_hub"]
+WAITING = ["matplotlib", "ipywidgets", "anywidget", "IPython", "optax", "treescope", "huggingface_hub"]
 
 CODE = f"""
 import sys
