@@ -1,6 +1,7 @@
 """Showing figures in a notebook that has not imported pyplot."""
 
 import sys
+from typing import Any
 
 
 def show_figures() -> None:
@@ -11,11 +12,11 @@ def show_figures() -> None:
     """
     if "IPython" not in sys.modules:
         return
-    from IPython import get_ipython
+    from IPython.core.getipython import get_ipython
     from IPython.core.pylabtools import select_figure_formats
     from matplotlib.figure import Figure
 
-    shell = get_ipython()
+    shell: Any = get_ipython()
     if shell is None:
         return
     formatters = shell.display_formatter.formatters

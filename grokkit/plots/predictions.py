@@ -106,7 +106,7 @@ def logit_lens(
     names = [site if layer is None else f"{site} {layer}" for site, layer in depths]
     figure = Figure(
         figsize=(max(5.0, width * n + 0.075 * max(map(len, names)) + 1.5),
-                 (0.34 if with_percent else 0.2) * n_depths + 1.9), layout="constrained",
+                 max(3.2, (0.34 if with_percent else 0.2) * n_depths + 1.9)), layout="constrained",
     )  # fmt: skip
     axes = figure.add_subplot()
     norm, colours = Normalize(0, 1), matplotlib.colormaps["Blues"]

@@ -103,7 +103,8 @@ def expert_load(
 
     - `load`: what `grokkit.analysis.routing.expert_load` returns; sums to 1 over the experts.
     - `band`: lower and upper end of what chance allows, drawn in grey; anything that broadcasts to
-        [layer, expert], as `interval()` of a `grokkit.analysis.statistics.Null` gives it.
+        [layer, expert]. Tokens of a text are not independent, so that draws of independent ones
+        allow for less than they should.
     - `title`: over the figure.
 
     **Returns:** a figure with sixteen layers a row.
@@ -114,8 +115,8 @@ def expert_load(
     chosen = flatten_tokens(np.asarray(cache["expert_indices"]))
     # Pairs of experts drawn evenly for as many tokens: what chance alone does to the load.
     even = rng.permuted(np.tile(np.arange(8), (999, chosen.shape[1], 1)), axis=-1)[..., :2]
-    null = Null(routing.expert_load(chosen, 8), routing.expert_load(even, 8)[:, None])
-    expert_load(null.observed, null.interval())
+    band = np.quantile(routing.expert_load(even, 8), [0.025, 0.975], axis=0)
+    expert_load(routing.expert_load(chosen, 8), tuple(band))
     ```
     """
     load = checked("load", load, "layer", "expert")
@@ -229,15 +230,15 @@ def domain_specialisation(
     check_experts(n_experts)
     if len(domains) != n_domains:
         raise GrokkitError(f"domains: expected {n_domains} names, found {len(domains)}")
-    if significant is not None:
-        significant = np.asarray(significant)
-        if significant.shape != shares.shape:
+    outlined = None if significant is None else np.asarray(significant)
+    if outlined is not None:
+        if outlined.shape != shares.shape:
             raise GrokkitError(f"significant: expected shape {shares.shape}, as shares, found "
-                               f"{significant.shape}")  # fmt: skip
-        significant = significant.reshape(-1, n_domains, n_experts)
+                               f"{outlined.shape}")  # fmt: skip
+        outlined = outlined.reshape(-1, n_domains, n_experts)
     chance = max(float(np.nanmean(shares)), 1e-9)
     return _share_panels(
-        shares.reshape(-1, n_domains, n_experts), domains, significant, chance,
+        shares.reshape(-1, n_domains, n_experts), domains, outlined, chance,
         "share of the domain's tokens that the expert serves", "expert", "", title,
     )  # fmt: skip
 
@@ -264,7 +265,7 @@ def _share_panels(
     )  # fmt: skip
     norm, image = around(chance, values), None
     grid = panels(figure, n_panels)
-    size = 8 if large else 6
+    size = 8.0 if large else 6.0
     for layer, (axes, shown) in enumerate(zip(grid, values, strict=True)):
         image = axes.imshow(shown, norm=norm, cmap=_DIVERGING, aspect="auto")
         marks = None if outlined is None else outlined[layer]
@@ -386,7 +387,7 @@ def _draw_flows(
         upper = left[i, j] + (right[i, j] - left[i, j]) * bend
         lower = upper - flow[i, j]
         ribbons.append(np.stack([np.r_[x, x[::-1]], np.r_[upper, lower[::-1]]], axis=-1))
-        colours.append(to_rgba(EXPERT_COLOURS[i], alpha[i, j]))
+        colours.append(to_rgba(EXPERT_COLOURS[i], float(alpha[i, j])))
     # Strong ones last, and so on top.
     order = np.argsort([c[3] for c in colours])
     axes.add_collection(PolyCollection([ribbons[i] for i in order], linewidths=0,

@@ -100,7 +100,7 @@ def token_axis(axes: Axes, tokens: Sequence[str], which: str = "x") -> None:
     n = len(tokens)
     step = math.ceil(n / _LABELLED_TOKENS)
     places = np.arange(0, n, step)
-    labels = [token_label(tokens[i]) for i in places]
+    labels = [token_label(t) for t in tokens[::step]]
     size = 9 if n <= 24 else 7.5
     if which == "y":
         axes.set_yticks(places, labels, fontsize=size)
