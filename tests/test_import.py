@@ -3,7 +3,15 @@
 import subprocess
 import sys
 
-WAITING = ["matplotlib", "ipywidgets", "anywidget", "IPython", "optax", "treescope", "huggingface_hub"]
+WAITING = [
+    "matplotlib",
+    "ipywidgets",
+    "anywidget",
+    "IPython",
+    "optax",
+    "treescope",
+    "huggingface_hub",
+]
 
 CODE = f"""
 import sys
