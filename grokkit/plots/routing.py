@@ -261,7 +261,7 @@ def _share_panels(
     label = 0.09 * max(map(len, names)) if names else 0.3
     figure = Figure(
         figsize=(max(4.2, columns * (cell[0] * n_experts + 0.15) + label + 1.4),
-                 rows * (cell[1] * n_rows + 0.3) + 1.4), layout="constrained",
+                 max(3.8, rows * (cell[1] * n_rows + 0.3) + 1.4)), layout="constrained",
     )  # fmt: skip
     norm, image = around(chance, values), None
     grid = panels(figure, n_panels)
