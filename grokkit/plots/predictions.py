@@ -193,4 +193,4 @@ def _term_colour(name: str) -> str:
     if match := _EXPERT.fullmatch(name):
         check_experts(int(match[1]) + 1)
         return EXPERT_COLOURS[int(match[1])]
-    return _HEAD if re.fullmatch(r"L\d+H\d+", name) else "#666666"
+    return _HEAD if re.fullmatch(r"L\d+H\d+", name) else _OTHER
