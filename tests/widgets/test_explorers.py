@@ -26,7 +26,7 @@ from grokkit.widgets import (
 )
 from grokkit.widgets.attention import STEPS, attention_data, pack_causal
 from grokkit.widgets.lens import LensReading, followed_tokens, lens_data, one_token
-from grokkit.widgets.routing import mean_loss, routing_data
+from grokkit.widgets.routing import Request, expert_edits, mean_loss, routing_data
 from grokkit.widgets.view import page
 
 TEXT = "The quick brown fox jumps"
@@ -63,24 +63,17 @@ def padded(ids):
     return ids + [0] * (-len(ids) % 16)
 
 
-@pytest.mark.parametrize(
-    ("forced", "forbidden", "everywhere", "edits", "words"),
-    [
-        ([3], [0, 5], True, [ForbidExperts([0, 5]), RequireExperts(3)],
-         "expert 3 forced, expert 0 forbidden, expert 5 forbidden in every layer"),
-        ([6, 1], [], False, [ForceExperts([6, 1], layers=[1])],
-         "expert 6 forced, expert 1 forced in layer 1"),
-    ],
-)  # fmt: skip
-def test_routing_changes(tiny_lm, settled, forced, forbidden, everywhere, edits, words):
+def test_routing_changes(tiny_lm, settled):
+    edits = [ForbidExperts([0, 5]), RequireExperts(3)]
     explorer = settled(RoutingExplorer(tiny_lm, TEXT, layer=1, n_new=4))
-    explorer.change(forced, forbidden, everywhere)
+    explorer.change(forced=[3], forbidden=[0, 5])
     settled(explorer)
     prompt = tiny_lm.tokenizer.encode(TEXT)
     sites = ("router_probs", "expert_indices", "expert_weights")
     _, cache = tiny_lm.run_with_cache([padded(prompt)], sites, edits=edits)
     chosen = cache["expert_indices"][:, 0, : len(prompt)]
     np.testing.assert_array_equal(explorer.data["experts"], chosen)
+    words = "expert 3 forced, expert 0 forbidden, expert 5 forbidden in every layer"
     assert explorer.data["change"] == words
     outcome = explorer.data["outcome"]
     drawn = [
@@ -100,6 +93,23 @@ def test_routing_changes(tiny_lm, settled, forced, forbidden, everywhere, edits,
     explorer.change()
     settled(explorer)
     assert explorer.data["change"] is None and "outcome" not in explorer.data
+
+
+@pytest.mark.parametrize(
+    ("request_", "edits"),
+    [
+        (Request(TEXT, (6, 1), (), (1,)), [ForceExperts([6, 1], layers=[1])]),
+        (Request(TEXT, (), (2, 7), None), [ForbidExperts([2, 7])]),
+        (Request(TEXT, (), (), None), []),
+    ],
+)
+def test_buttons_are_edits(tiny_lm, request_, edits):
+    ids = [padded(tiny_lm.tokenizer.encode(TEXT))]
+    found, expected = (
+        tiny_lm.run_with_cache(ids, "expert_indices", edits=some)[1]["expert_indices"]
+        for some in (expert_edits(tiny_lm, request_), edits)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_another_layer_computes_nothing(tiny_lm, settled):
@@ -430,3 +440,28 @@ def test_too_many_experts_are_refused_in_place(tiny_lm, settled, forced, forbidd
     explorer.change(forced, forbidden)
     settled(explorer)
     assert explorer.error == message
+
+
+@pytest.mark.slow
+def test_a_mesh_with_a_data_axis(tiny_config, tiny_tokenizer_file, tiny_lm, settled):
+    """Texts are repeated for it; what draws tokens one by one says that it cannot."""
+    mesh = make_mesh(2, 4)
+    tokenizer = Tokenizer.from_file(tiny_tokenizer_file)
+    lm = LanguageModel(random_model(tiny_config, 0, mesh), mesh, tokenizer, "spread")
+    makers = {
+        RoutingExplorer: lambda lm: RoutingExplorer(lm, TEXT),
+        LensExplorer: lambda lm: LensExplorer(lm, TEXT),
+        PatchingExplorer: lambda lm: PatchingExplorer(lm, CLEAN, CORRUPTED, " four", " the"),
+    }
+    for kind, make in makers.items():
+        found, expected = settled(make(lm)), settled(make(tiny_lm))
+        assert not found.error
+        key = {RoutingExplorer: "probs", LensExplorer: "probs", PatchingExplorer: "values"}[kind]
+        np.testing.assert_allclose(found.data[key], expected.data[key], atol=1e-3)
+        if kind is PatchingExplorer:
+            found.show(1, 1)
+            assert not settled(found).error
+            metric = found.data["runs"]["1,1"]["metric"]
+            assert metric == pytest.approx(expected.data["values"][1][1], abs=1e-3)
+    playground = settled(SamplingPlayground(lm, TEXT))
+    assert "must divide over the mesh's 2 'data' devices" in playground.error
