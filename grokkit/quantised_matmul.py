@@ -19,6 +19,10 @@ from grokkit.quant import QuantizedArray, Slot
 _BLOCK = 2**21
 """Entries of the matrix converted at a time: their floats fit in a cache of a few megabytes, and
 the cost of starting a step is small beside them."""
+_SHORT_GROUP = 256
+"""Groups with fewer entries than this would make products too small to be worth starting."""
+MANY_ROWS = 128
+"""From this many rows on products are as fast with rows as rows, and need not be turned round."""
 _FEW_ROWS = 4
 """Up to this many rows a product takes as long as reading the matrix, so that it pays to leave
 the matrix in 8 bits; beyond, arithmetic counts."""
@@ -43,7 +47,7 @@ def matmul(
     y = jax.lax.platform_dependent(
         rows,
         w,
-        cpu=lambda x, w: blocked(x.T, w, dtype).T,
+        cpu=lambda x, w: on_cpu(x, w, dtype),
         default=lambda x, w: plain(x, w, dtype),
     )
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -52,10 +56,10 @@ def matmul(
 def columns(
     x: Float[Array, "k row"], w: QuantizedArray | Slot | Float[Array, "k n"], dtype: Any
 ) -> Float[Array, "n row"]:
-    """`(x.T @ w).T` on a CPU: rows lie as columns, as the fast products there want them."""
+    """`(x.T @ w).T` on a CPU: rows lie as columns, as products of few rows want them there."""
     if not isinstance(w, QuantizedArray | Slot):
         return einsum32("kt,kn->nt", x, w, dtype)
-    return blocked(x, w, dtype)
+    return blocked(x, w, dtype, k_axis=0)
 
 
 def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
@@ -68,12 +72,23 @@ def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Flo
     return jnp.sum(partial * q.scales.astype(jnp.float32), axis=1)
 
 
-def blocked(
-    x: Float[Array, "k row"], w: QuantizedArray | Slot, dtype: Any
-) -> Float[Array, "n row"]:
-    """The same for a CPU, with rows as columns: `(x.T @ w).T`, block by block.
+def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
+    """`blocked`, in the orientation that suits the number of rows."""
+    if x.shape[0] < MANY_ROWS:
+        return blocked(x.T, w, dtype, k_axis=0).T
+    return blocked(x, w, dtype, k_axis=1)
 
-    Differentiable in `x`.
+
+def blocked(
+    x: Float[Array, "_ _"], w: QuantizedArray | Slot, dtype: Any, k_axis: int
+) -> Float[Array, "_ _"]:
+    """The same as `plain` for a CPU, block by block. Differentiable in `x`.
+
+    **Arguments:**
+
+    - `x`, `w`, `dtype`: as for `matmul`.
+    - `k_axis`: which axis of `x` is the contracting one. The result takes its place: with 1 it is
+        `x @ w`, with 0 `(x.T @ w).T`.
     """
     stack, at = (w.stack, w.at) if isinstance(w, Slot) else (w, ())
     # The blocks of one matrix are consecutive rows of one long matrix: a plain copy to read.
@@ -85,7 +100,7 @@ def blocked(
     # Where the matrix differs between devices, so does the gradient of what it multiplies: under
     # shard_map `x` must be of the type that says so.
     x = x + 0 * flat.weight[0, 0].astype(x.dtype)
-    return _blocked(x, flat, place, (n, stack.groups), jnp.dtype(dtype))
+    return _blocked(x, flat, place, _How(n, stack.groups, k_axis, jnp.dtype(dtype)))
 
 
 class _Flat(NamedTuple):
@@ -95,90 +110,136 @@ class _Flat(NamedTuple):
     scales: BFloat16[Array, "matrix_g n"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _blocked(x: Array, flat: _Flat, place: Array, shape: Any, dtype: Any) -> Array:
-    _, groups = shape
-    scales = _scales(flat, place, groups)
-    if x.shape[1] <= _FEW_ROWS and dtype != jnp.float32:
-        high, low, unit = split_in_two(x, groups)
-        columns = jnp.concatenate([high, low], axis=1)
-        partial = _each_block(columns, flat, place, shape, jnp.int32).astype(jnp.float32)
-        high, low = jnp.split(partial, 2, axis=2)
-        partial = (high * 128 + low) * unit[:, None]
+class _How(NamedTuple):
+    """What is known of a product when it is compiled."""
+
+    n: int
+    groups: int
+    k_axis: int
+    dtype: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blocked(x: Array, flat: _Flat, place: Array, how: _How) -> Array:
+    scales = _scales(flat, place, how)
+    k, rows = x.shape[how.k_axis], x.shape[1 - how.k_axis]
+    if 1 < how.groups and k // how.groups < _SHORT_GROUP:
+        whole = how._replace(groups=1)
+        return _join(_each_block(x, flat, place, whole, scales)[0], how.k_axis)
+    if rows <= _FEW_ROWS and how.k_axis == 0 and how.dtype != jnp.float32:
+        high, low, unit = split_in_two(x, how.groups)
+        partial = _each_block(jnp.concatenate([high, low], axis=1), flat, place, how)
+        high, low = jnp.split(partial.astype(jnp.float32), 2, axis=3)
+        partial = (high * 128 + low) * unit[:, None, None]
     else:
-        partial = _each_block(x.astype(dtype), flat, place, shape, dtype)
-    return jnp.sum(partial * scales[:, :, None], axis=0)
+        partial = _each_block(x.astype(how.dtype), flat, place, how)
+    scales = scales.reshape(how.groups, partial.shape[1], -1)
+    scales = jnp.expand_dims(scales, 3 if how.k_axis == 0 else 2)
+    # Added one by one, in one pass; a sum over the axis takes many times as long.
+    total = partial[0] * scales[0]
+    for group in range(1, how.groups):
+        total = total + partial[group] * scales[group]
+    return _join(total, how.k_axis)
 
 
 def _each_block(
-    x: Num[Array, "k row"], flat: _Flat, place: Array, shape: tuple[int, int], dtype: Any
-) -> Num[Array, "g n row"]:
-    """Each group's product with its part of `x`, in whichever arithmetic `x` comes."""
-    n, groups = shape
-    k = x.shape[0] // groups
-    size = block_rows(n, k)
+    x: Num[Array, "_ _"],
+    flat: _Flat,
+    place: Array,
+    how: _How,
+    scales: Float[Array, "g n"] | None = None,
+) -> Num[Array, "group block _ _"]:
+    """Each group's part of `x` times each block of the matrix, in the arithmetic that `x` is in.
+
+    With `scales` every entry of a block is scaled before the product, for all groups at once.
+    """
+    k = x.shape[how.k_axis] // how.groups
+    size = block_rows(how.n, k)
 
     def one(_, block):
         row, group = block
-        start = (place * n + row, group * k)
-        weight = jax.lax.dynamic_slice(flat.weight, start, (size, k))
-        part = jax.lax.dynamic_slice_in_dim(x, group * k, k) if groups > 1 else x
-        return None, _dot(weight, part, dtype)
+        weight = jax.lax.dynamic_slice(flat.weight, (place * how.n + row, group * k), (size, k))
+        if scales is not None:
+            scale = jax.lax.dynamic_slice_in_dim(scales, row, size, axis=1).T[:, :, None]
+            parts = weight.astype(jnp.float32).reshape(size, scale.shape[1], -1)
+            weight = (parts * scale).reshape(size, k)
+        part = x
+        if how.groups > 1:
+            part = jax.lax.dynamic_slice_in_dim(x, group * k, k, how.k_axis)
+        return None, _dot(part, weight, how.k_axis)
 
-    group, row = jnp.meshgrid(jnp.arange(groups), jnp.arange(0, n, size), indexing="ij")
-    blocks = (row.reshape(-1).astype(jnp.int32), group.reshape(-1).astype(jnp.int32))
-    products = jax.lax.scan(one, None, blocks)[1]
-    return products.reshape(groups, n, x.shape[1])
+    rows = jnp.arange(0, how.n, size, dtype=jnp.int32)
+    group, row = jnp.meshgrid(jnp.arange(how.groups, dtype=jnp.int32), rows, indexing="ij")
+    products = jax.lax.scan(one, None, (row.reshape(-1), group.reshape(-1)))[1]
+    return products.reshape(*group.shape, *products.shape[1:])
 
 
-def _dot(weight: Int8[Array, "n k"], x: Num[Array, "k row"], dtype: Any) -> Array:
-    if dtype == jnp.int32:
-        return jnp.dot(weight, x, preferred_element_type=jnp.int32)
-    return jnp.dot(
-        weight.astype(dtype),
-        x,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+def _dot(x: Num[Array, "_ _"], weight: Num[Array, "n k"], k_axis: int) -> Num[Array, "_ _"]:
+    """`x` times the transposed weight, which stays on the left where rows are columns."""
+    integers = x.dtype == jnp.int8
+    if not integers:
+        weight = _floats(weight, x.dtype)
+    left, right = (weight, x) if k_axis == 0 else (x, weight)
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((1,), (k_axis,)), ((), ())),
+        precision=None if integers else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.int32 if integers else jnp.float32,
     )
 
 
-def _forward(x: Array, flat: _Flat, place: Array, shape: Any, dtype: Any) -> Any:
-    return _blocked(x, flat, place, shape, dtype), (flat, place)
+def _floats(weight: Num[Array, "n k"], dtype: Any) -> Float[Array, "n k"]:
+    """The same numbers, which 8 bits of mantissa hold exactly, as floats."""
+    if dtype != jnp.bfloat16:
+        return weight.astype(dtype)
+    # The upper half of the float32: XLA's own conversion rounds, which takes twice as long.
+    bits = jax.lax.bitcast_convert_type(weight.astype(jnp.float32), jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _backward(shape: Any, dtype: Any, residuals: Any, dy: Float[Array, "n row"]) -> Any:
+def _join(blocks: Float[Array, "block _ _"], k_axis: int) -> Float[Array, "_ _"]:
+    """The blocks' results side by side along the axis that was contracted."""
+    if k_axis == 0:
+        return blocks.reshape(-1, blocks.shape[2])
+    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1)
+
+
+def _forward(x: Array, flat: _Flat, place: Array, how: _How) -> Any:
+    return _blocked(x, flat, place, how), (flat, place)
+
+
+def _backward(how: _How, residuals: Any, dy: Float[Array, "_ _"]) -> Any:
     """The gradient of `x`, in float32; the weights have none."""
-    del dtype
     flat, place = residuals
-    n, groups = shape
-    k = flat.weight.shape[1] // groups
-    size = block_rows(n, k)
-    scaled = dy * _scales(flat, place, groups)[:, :, None]
+    dy = dy if how.k_axis == 1 else dy.T
+    k = flat.weight.shape[1] // how.groups
+    size = block_rows(how.n, k)
+    scaled = dy * _scales(flat, place, how)[:, None]
 
     def one(_, group):
         def add(total, row):
-            start = (place * n + row, group * k)
+            start = (place * how.n + row, group * k)
             weight = jax.lax.dynamic_slice(flat.weight, start, (size, k)).astype(jnp.float32)
-            part = jax.lax.dynamic_slice(scaled, (group, row, 0), (1, size, dy.shape[1]))[0]
-            return total + jnp.dot(part.T, weight, precision=jax.lax.Precision.HIGHEST), None
+            part = jax.lax.dynamic_slice(scaled, (group, 0, row), (1, dy.shape[0], size))[0]
+            return total + jnp.dot(part, weight, precision=jax.lax.Precision.HIGHEST), None
 
         # Zeros that vary over the devices as the sums will.
-        zeros = 0 * jnp.dot(scaled[0, :1].T, flat.weight[:1, :k].astype(jnp.float32))
-        rows = jnp.arange(0, n, size, dtype=jnp.int32)
-        return None, jax.lax.scan(add, zeros, rows)[0].T
+        zeros = 0 * jnp.dot(scaled[0, :, :1], flat.weight[:1, :k].astype(jnp.float32))
+        rows = jnp.arange(0, how.n, size, dtype=jnp.int32)
+        return None, jax.lax.scan(add, zeros, rows)[0]
 
-    dx = jax.lax.scan(one, None, jnp.arange(groups, dtype=jnp.int32))[1]
-    return dx.reshape(groups * k, dy.shape[1]), None, None
+    dx = jax.lax.scan(one, None, jnp.arange(how.groups, dtype=jnp.int32))[1]
+    dx = _join(dx, 1)
+    return dx if how.k_axis == 1 else dx.T, None, None
 
 
 _blocked.defvjp(_forward, _backward)
 
 
-def _scales(flat: _Flat, place: Array, groups: int) -> Float[Array, "g n"]:
-    start = (place * groups, jnp.int32(0))
-    return jax.lax.dynamic_slice(flat.scales, start, (groups, flat.scales.shape[1])).astype(
-        jnp.float32
-    )
+def _scales(flat: _Flat, place: Array, how: _How) -> Float[Array, "g n"]:
+    start = (place * how.groups, jnp.int32(0))
+    return jax.lax.dynamic_slice(flat.scales, start, (how.groups, how.n)).astype(jnp.float32)
 
 
 def split_in_two(

@@ -118,7 +118,7 @@ def patch(
     - `clean`, `corrupted`: one prompt each, text or token ids, of as many tokens.
     - `metric`: of the logits [row, position, vocab], one number a row.
     - `grid`: `Positions(site)`, `Heads(site)` or `Experts()`.
-    - `rows`: most cases that run at once; by default as many as keep the logits below 256 MiB, 32
+    - `rows`: most cases that run at once; by default as many as keep the logits below 256 MiB, 96
         at most. All chunks, and other prompts of equal length, share one compiled program.
     - `progress`: show a progress bar, in cases.
 
@@ -266,7 +266,7 @@ def _rows(lm: LanguageModel, n_positions: int, n_cases: int, rows: int | None) -
     if rows is not None and rows < 1:
         raise PromptError(f"rows: expected at least 1, found {rows}")
     if rows is None:
-        rows = min(32, max(1, 2**28 // (4 * n_positions * lm.config.vocab_size)))
+        rows = min(96, max(1, 2**28 // (4 * n_positions * lm.config.vocab_size)))
     chunks = -(-n_cases // rows)
     data = lm.mesh.shape["data"]
     return -(-n_cases // (chunks * data)) * data

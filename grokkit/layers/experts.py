@@ -7,15 +7,14 @@ a CPU `trimmed` runs of each block little more than the rows that it holds.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grokkit.quant import QuantizedArray, Slot, index
-from grokkit.quantised_matmul import columns, matmul
+from grokkit.quantised_matmul import MANY_ROWS, columns, matmul
 
 _Into = QuantizedArray | Slot | Float[Array, "expert d_model d_ff"]
 _Back = QuantizedArray | Slot | Float[Array, "expert d_ff d_model"]
@@ -43,6 +42,8 @@ def expert_outputs(
         result is this part's share of the sum.
     - `dtype`: in which to multiply; see `einsum32`.
     """
+    if not isinstance(gate, QuantizedArray | Slot):
+        return plain(x, chosen, gate, value, out, dtype)
     return jax.lax.platform_dependent(
         x,
         chosen,
@@ -55,45 +56,83 @@ def expert_outputs(
 def plain(x: Array, chosen: Array, gate: Any, value: Any, out: Any, dtype: Any) -> Array:
     """`expert_outputs` with every block run in full."""
     n_rows, n_chosen = chosen.shape
-    share = n_rows * n_chosen // gate.shape[0]
+    n_experts = gate.shape[0]
+    share = n_rows * n_chosen // n_experts
     # About an expert's even share, so that few blocks are part empty.
     size = 1 if share < 2 else min(_LARGEST_BLOCK, 1 << (share - 1).bit_length())
+    blocks, place = _blocks(chosen.reshape(-1), n_experts, size)
 
-    def run(expert, count, assignments):
-        del count
-        rows = x[assignments // n_chosen]
-        hidden = jax.nn.gelu(matmul(rows, index(gate, expert), dtype), approximate=True)
-        hidden = hidden * matmul(rows, index(value, expert), dtype)
-        return matmul(hidden, index(out, expert), dtype)
+    def run(_, block):
+        rows = x[block.pairs // n_chosen]
+        hidden = jax.nn.gelu(matmul(rows, index(gate, block.expert), dtype), approximate=True)
+        hidden = hidden * matmul(rows, index(value, block.expert), dtype)
+        return None, matmul(hidden, index(out, block.expert), dtype)
 
-    return _block_by_block(chosen, gate.shape[0], size, run)
+    results = jax.lax.scan(run, None, blocks)[1]
+    return results.reshape(-1, results.shape[-1])[place].reshape(n_rows, n_chosen, -1)
 
 
 def trimmed(x: Array, chosen: Array, gate: Any, value: Any, out: Any, dtype: Any) -> Array:
-    """`expert_outputs` with each block cut to the least of a few sizes that holds its rows."""
+    """`expert_outputs` of 8-bit matrices with each block cut to the least of a few sizes that
+    holds its rows. Differentiable in `x`, at the cost of `plain`."""
+    # As in quantised_matmul.blocked: of the type of what varies over devices as the weights do.
+    x = x + 0 * jax.tree.leaves(out)[0].reshape(-1)[0].astype(x.dtype)
+    return _trimmed(x, chosen, (gate, value, out), jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _trimmed(x: Array, chosen: Array, experts: Any, dtype: Any) -> Array:
     n_rows, n_chosen = chosen.shape
+    n_experts = experts[0].shape[0]
     size = min(n_rows, _LARGEST_BLOCK)
     sizes = _sizes(size)
+    blocks, place = _blocks(chosen.reshape(-1), n_experts, size)
+    # Blocks of one size come in one loop. A branch on the size would be simpler, but XLA runs
+    # what is inside a branch on one thread.
+    kind = jnp.searchsorted(jnp.asarray([0, *sizes]), blocks.count)
+    order = jnp.argsort(kind)
+    zero = 0 * jnp.isnan(x[0, 0]).astype(jnp.float32)
+    results = jnp.zeros((kind.shape[0], size, x.shape[1])) + zero
+    for i, n in enumerate(sizes, start=1):
+        run = functools.partial(_run_block, x, experts, blocks, order, n, n_chosen, dtype)
+        results = jax.lax.fori_loop(jnp.sum(kind < i), jnp.sum(kind <= i), run, results)
+    return results.reshape(-1, x.shape[1])[place].reshape(n_rows, n_chosen, -1)
 
-    def run_first(n: int, expert: Array, assignments: Array) -> Array:
-        rows = x[assignments[:n] // n_chosen].T
-        hidden = jax.nn.gelu(columns(rows, index(gate, expert), dtype), approximate=True)
-        hidden = hidden * columns(rows, index(value, expert), dtype)
-        results = columns(hidden, index(out, expert), dtype).T
-        return jnp.pad(results, ((0, size - n), (0, 0)))
 
-    def none(expert: Array, assignments: Array) -> Array:
-        # Zeros of the type that the others give under shard_map, where data and weights vary.
-        zero = 0 * (assignments[0] + jnp.isnan(jax.tree.leaves(out)[0].reshape(-1)[0]).astype(int))
-        return jnp.zeros((size, x.shape[1])) + zero.astype(jnp.float32)
+def _run_block(
+    x: Array,
+    experts: Any,
+    blocks: "_Blocks",
+    order: Array,
+    n: int,
+    n_chosen: int,
+    dtype: Any,
+    i: Array,
+    results: Array,
+) -> Array:
+    """Put the outputs of the i-th block in order, of at most `n` pairs, into `results`."""
+    gate, value, out = (index(w, blocks.expert[order[i]]) for w in experts)
+    rows = x[blocks.pairs[order[i], :n] // n_chosen]
+    many = n >= MANY_ROWS
+    times = matmul if many else columns
+    rows = rows if many else rows.T
+    hidden = jax.nn.gelu(times(rows, gate, dtype), approximate=True) * times(rows, value, dtype)
+    outputs = times(hidden, out, dtype)
+    outputs = outputs if many else outputs.T
+    return jax.lax.dynamic_update_slice(results, outputs[None], (order[i], 0, 0))
 
-    branches = [none, *(functools.partial(run_first, n) for n in sizes)]
 
-    def run(expert, count, assignments):
-        branch = jnp.searchsorted(jnp.asarray([0, *sizes]), count)
-        return jax.lax.switch(branch, branches, expert, assignments)
+def _trimmed_forward(x: Array, chosen: Array, experts: Any, dtype: Any) -> Any:
+    return _trimmed(x, chosen, experts, dtype), (x, chosen, experts)
 
-    return _block_by_block(chosen, gate.shape[0], size, run)
+
+def _trimmed_backward(dtype: Any, residuals: Any, dy: Array) -> Any:
+    # Loops of as many turns as there are blocks of a size have no derivative of their own.
+    x, chosen, experts = residuals
+    return *jax.vjp(lambda x: plain(x, chosen, *experts, dtype), x)[1](dy), None, None
+
+
+_trimmed.defvjp(_trimmed_forward, _trimmed_backward)
 
 
 def _sizes(largest: int) -> list[int]:
@@ -105,32 +144,21 @@ def _sizes(largest: int) -> list[int]:
     return [*sizes[:-1], largest]
 
 
-def _block_by_block(
-    chosen: Int[Array, "row choice"],
-    n_experts: int,
-    size: int,
-    run: Callable[[Array, Array, Array], Array],
-) -> Float[Array, "row choice d_model"]:
-    """Sort (row, choice) pairs into blocks of one expert and call `run` on each.
+class _Blocks(NamedTuple):
+    """(row, choice) pairs sorted into blocks that share an expert."""
 
-    `run` is given the block's expert, how many pairs it holds, and the pairs, `size` of them with
-    any others after the first.
-    """
-    blocks, place = _blocks(chosen.reshape(-1), n_experts, size)
-    results = jax.lax.scan(lambda _, block: (None, run(*block)), None, blocks)[1]
-    results = results.reshape(-1, results.shape[-1])
-    return results[place].reshape(*chosen.shape, -1)
+    expert: Int[Array, " block"]
+    count: Int[Array, " block"]
+    """Pairs that a block holds; in its places after them are other experts'."""
+    pairs: Int[Array, "block size"]
 
 
 def _blocks(
     experts: Int[Array, " pair"], n_experts: int, size: int
-) -> tuple[
-    tuple[Int[Array, " block"], Int[Array, " block"], Int[Array, "block size"]], Int[Array, " pair"]
-]:
-    """Cut the pairs into blocks of `size` that share an expert.
+) -> tuple[_Blocks, Int[Array, " pair"]]:
+    """Cut the pairs into blocks of `size`.
 
-    **Returns:** each block's expert, its number of pairs and the pairs; and for each pair its place
-    in the blocks' concatenation.
+    **Returns:** the blocks; and for each pair its place in their concatenation.
     """
     n = experts.shape[0]
     n_blocks = min(n, n // size + n_experts)
@@ -149,4 +177,4 @@ def _blocks(
     pairs = order[jnp.minimum(start[:, None] + jnp.arange(size), n - 1)]
     rank = jnp.zeros(n, order.dtype).at[order].set(jnp.arange(n, dtype=order.dtype))
     place = first_block[experts] * size + rank - first_pair[experts]
-    return (expert, count, pairs), place
+    return _Blocks(expert, count, pairs), place

@@ -50,7 +50,7 @@ def check(run, matrices, chosen, seed=0):
     expected = reference.expert_outputs(
         x.astype(np.float64), np.asarray(chosen), *(float64(m) for m in matrices)
     )
-    assert relative_error(found, expected) < 1e-6
+    assert relative_error(found, expected) < 3e-6  # of float32, where terms may cancel
 
 
 @given(
