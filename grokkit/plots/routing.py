@@ -256,7 +256,7 @@ def _share_panels(
     """A heat map of shares for each layer; rows are experts, or else have `names`."""
     n_panels, n_rows, n_experts = values.shape
     large = n_panels <= 8
-    cell = (0.36, 0.3) if large else (0.16, 0.16)
+    cell = (0.3, 0.28) if large else (0.16, 0.16)
     rows, columns = panel_grid(n_panels)
     label = 0.09 * max(map(len, names)) if names else 0.3
     figure = Figure(
