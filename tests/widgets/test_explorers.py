@@ -11,7 +11,7 @@ from helpers import random_model
 
 from grokkit import ForbidExperts, ForceExperts, Replace, RequireExperts, make_mesh
 from grokkit.analysis.lens import logit_lens
-from grokkit.analysis.patching import Experts, Heads, LogitDifference, Positions, patch
+from grokkit.analysis.patching import Experts, LogitDifference, Positions, patch
 from grokkit.config import GrokConfig
 from grokkit.errors import GrokkitError, PromptError
 from grokkit.language_model import LanguageModel
@@ -221,7 +221,6 @@ def test_sampling_is_the_stream_and_branches(tiny_lm, settled):
     ("site", "grid", "cell"),
     [
         ("stream before each layer", Positions("resid_pre"), (1, 2)),
-        ("attention heads", Heads("z"), (0, 7)),
         ("experts", Experts(), (1, 4)),
     ],
 )
