@@ -73,7 +73,7 @@ def memory_bill(
     axes.set_title(f"{title}: {', '.join(parts)}", fontsize="medium", wrap=True)
     axes.spines[["top", "right"]].set_visible(False)
     if len(bills) > 1:
-        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -21,6 +21,8 @@ def test_memory_bill(n):
     np.testing.assert_allclose(widths[0], np.arange(1, n + 1))  # MiB
     np.testing.assert_allclose(widths[1], np.arange(1, n + 1) / 8)
     assert "MiB" in axes.get_xlabel()
+    legend = figure.legends[0].get_window_extent()
+    assert not any(bar.get_window_extent().overlaps(legend) for bar in axes.patches)
     assert f"{sum(total) / 2 ** (30 if n == 64 else 20):.3g}" in axes.get_title()
 
 
