@@ -25,6 +25,8 @@ from grokkit.model import Grok
 from grokkit.taps import Capture, Change
 
 N_ALTERNATIVES = 8
+PREFILL_PART = 1024
+"""Tokens of a prompt that are run at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,45 @@ def _prefill(
     return out.cache, drawn, out.captured
 
 
+def _prefill_in_parts(
+    model: Grok,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    cache: KVCache,
+    rows: tuple[Array, Array, Array],
+    captures: tuple[Capture, ...],
+    edits: tuple[Change, ...],
+) -> tuple[KVCache, Draw, dict[str, Any]]:
+    """`_prefill` of long prompts part by part, so that memory does not grow with their length.
+
+    What is captured is one array for the whole prompt, so that then there is one part.
+    """
+    part = tokens.shape[1] if captures else min(PREFILL_PART, tokens.shape[1])
+    draw, captured = None, {}
+    for start in range(0, tokens.shape[1], part):
+        counts = np.clip(lengths - start, 0, part).astype(np.int32)
+        if start and not counts.any():
+            break
+        piece, counts_on_rows = (
+            jax.device_put(a, P("data")) for a in (tokens[:, start : start + part], counts)
+        )
+        cache, drawn, captured = _prefill(
+            model, piece, counts_on_rows, cache, rows, captures, edits
+        )
+        # A row's draw is that of the part in which it ends.
+        draw = drawn if draw is None else _keep(counts_on_rows > 0, drawn, draw)
+    assert draw is not None
+    return cache, draw, captured
+
+
+@jax.jit
+def _keep(new: Bool[Array, " batch"], drawn: Draw, draw: Draw) -> Draw:
+    def pick(a: Array, b: Array) -> Array:
+        return jnp.where(new.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, drawn, draw)
+
+
 @functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("cache",))
 def _decode(
     model: Grok,
@@ -238,13 +279,17 @@ def _rounds(
     longest = max(map(len, prompts))
     with jax.set_mesh(mesh):
         on_rows = jax.tree.map(lambda a: jax.device_put(a, P("data")), rows)
-        tokens = pad_right(prompts, bucket(longest, config.context_length), config.pad_token)
+        padded = bucket(longest, config.context_length)
+        if padded > PREFILL_PART and not captures:
+            padded = -(-padded // PREFILL_PART) * PREFILL_PART
+        tokens = pad_right(prompts, padded, config.pad_token)
         # A whole block always fits, so that a last, part-used block needs no other program.
         capacity = bucket(max(longest + max_len + block, tokens.shape[1]), steps=8)
         cache = KVCache.empty(config, len(prompts), capacity, model.dtype, mesh)
         lengths = np.array([len(p) for p in prompts], np.int32)
-        tokens, lengths = (jax.device_put(a, P("data")) for a in (tokens, lengths))
-        cache, draw, captured = _prefill(model, tokens, lengths, cache, on_rows, captures, edits)
+        cache, draw, captured = _prefill_in_parts(
+            model, tokens, lengths, cache, on_rows, captures, edits
+        )
         token = draw.token
     pending = Piece(jax.tree.map(lambda a: a[None], _to_host_async(draw)), captured)
     yield pending  # at once: the first token need not wait for the decode step's compilation

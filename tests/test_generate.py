@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import grokkit
+from grokkit import generate
 from grokkit.errors import PromptError
 from grokkit.generate import Sampling, bucket, generate_tokens, nucleus, pad_right, sample
 
@@ -225,6 +226,26 @@ def test_probabilities_on_the_way_are_those_of_a_full_forward_pass(lm8, prompts,
             best = np.sort(probs)[::-1][:8]
             np.testing.assert_allclose(found.top_probs[step, row], best, rtol=1e-4)
             assert reference.nucleus(row_logits / 0.7, 0.9 + 1e-4)[token]
+
+
+def test_long_prompts_are_run_in_parts(lm8, prompts, monkeypatch):
+    """Of 8 tokens here: some prompts end in the first part, others go on."""
+    assert min(map(len, prompts)) <= 8 < max(map(len, prompts))
+    lengths = []
+    settings = Sampling(temperature=0.8, seed=5)
+    whole = continue_golden(lm8, prompts, settings)
+    monkeypatch.setattr(generate, "PREFILL_PART", 8)
+    prefill = generate._prefill
+
+    def counted(model, tokens, *rest):
+        lengths.append(tokens.shape[1])
+        return prefill(model, tokens, *rest)
+
+    monkeypatch.setattr(generate, "_prefill", counted)
+    found = continue_golden(lm8, prompts, settings)
+    np.testing.assert_array_equal(found.token, whole.token)
+    np.testing.assert_allclose(found.prob, whole.prob, rtol=1e-4)
+    assert len(lengths) > 1 and set(lengths) == {8}
 
 
 def test_settings_and_seeds_can_be_given_for_each_prompt(lm8, prompts):

@@ -13,6 +13,7 @@ from helpers import float64, forward, random_model, reference_weights, relative_
 from jax.sharding import PartitionSpec as P
 
 import grokkit
+from grokkit import generate
 from grokkit.errors import ConfigError
 from grokkit.kv_cache import KVCache
 from grokkit.model import Grok, check_mesh, initialise, param_specs, place
@@ -384,6 +385,27 @@ def test_grok_1_decodes_over_a_full_cache_in_the_abstract(grok_1):
     assert out.cache.keys.sharding.spec == P(None, "data", None, "model", None)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), out.cache, cache)
     assert jax.tree.all(same)
+
+
+def test_grok_1_takes_long_prompts_in_little_memory(grok_1):
+    """The part of 8,192 tokens that is run at once, over a cache of all of them."""
+    mesh, rows = grokkit.make_mesh(1, 8), P("data")
+    cache = abstract(KVCache.specs(grokkit.GROK_1, 1, 8192, jnp.dtype(jnp.bfloat16)), mesh)
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, rows))
+
+    settings = (of(jnp.float32, 1), of(jnp.float32, 1), of(jnp.uint32, 1))
+    tokens, lengths = of(jnp.int32, 1, generate.PREFILL_PART), of(jnp.int32, 1)
+    with jax.set_mesh(mesh):
+        program = generate._prefill.lower(grok_1, tokens, lengths, cache, settings, (), ())
+        memory = program.compile().memory_analysis()
+    weights_and_cache = sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves((grok_1, cache))
+    )
+    assert memory.argument_size_in_bytes == pytest.approx(weights_and_cache, rel=1e-3)
+    assert 0 < memory.temp_size_in_bytes < 2e9
 
 
 # Making and placing

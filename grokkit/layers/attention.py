@@ -16,6 +16,10 @@ from grokkit.numerics import einsum32
 from grokkit.quant import QuantizedArray, Slot, declare
 from grokkit.taps import Tap
 
+KEY_BLOCK = 1024
+"""Keys that are attended to at once, where nothing asks for the pattern over them all."""
+_LOWEST = -1e30  # below any score, which the soft cap bounds, and finite in differences
+
 _HEADS = P("data", None, "model")
 _SCORES = P("data", "model")
 
@@ -89,7 +93,11 @@ class Attention(eqx.Module):
             )
         key_positions = jnp.arange(k.shape[1])
         mask = (key_positions <= positions[:, :, None]) & visible[:, None, :]
-        z = tap("z", _attend(q, k, v, mask, config, dtype, tap))
+        if k.shape[1] <= KEY_BLOCK or tap.wants("attn_scores") or tap.wants("pattern"):
+            z = _attend(q, k, v, mask, config, dtype, tap)
+        else:
+            z = _attend_by_blocks(q, k, v, mask, config, dtype)
+        z = tap("z", z)
         out = row_parallel(z.reshape(*x.shape[:2], -1), self.out, dtype)
         return tap("attn_out_pre_norm", out), cache
 
@@ -133,3 +141,51 @@ def _attend(
     weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[1]), _SCORES)
     z = einsum32("bngqk,bknd->bqngd", weights, v, dtype)
     return _reshape(z, (batch, queries, n_heads, d_head), _HEADS)
+
+
+def _attend_by_blocks(
+    q: Float[Array, "batch query head d_head"],
+    k: Float[Array, "batch key kv_head d_head"],
+    v: Float[Array, "batch key kv_head d_head"],
+    mask: Bool[Array, "batch query key"],
+    config: GrokConfig,
+    dtype: Any,
+) -> Float[Array, "batch query head d_head"]:
+    """`_attend` without the whole pattern: a block of keys at a time, with a running softmax.
+
+    (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135.)
+    """
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -k.shape[1] % KEY_BLOCK)))
+    k, v = (jnp.pad(a, ((0, 0), (0, mask.shape[2] - a.shape[1]), (0, 0), (0, 0))) for a in (k, v))
+
+    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        batch, queries, n_heads, d_head = q.shape
+        grouped = q.reshape(batch, queries, k.shape[2], -1, d_head)
+
+        def add(carry: tuple[Array, Array, Array], block: Array) -> tuple[Any, None]:
+            largest, total, z = carry
+            keys, values, seen = (
+                jax.lax.dynamic_slice_in_dim(a, block * KEY_BLOCK, KEY_BLOCK, axis)
+                for a, axis in ((k, 1), (v, 1), (mask, 2))
+            )
+            scores = einsum32("bqngd,bknd->bngqk", grouped, keys, dtype)
+            scores = scores * config.attention_multiplier
+            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+            seen = seen[:, None, None]
+            above = jnp.maximum(largest, jnp.max(scores, axis=-1, where=seen, initial=_LOWEST))
+            exp = jnp.where(seen, jnp.exp(scores - above[..., None]), 0)
+            shrink = jnp.exp(largest - above)
+            z = z * shrink[..., None] + einsum32("bngqk,bknd->bngqd", exp, values, dtype)
+            return (above, total * shrink + jnp.sum(exp, axis=-1), z), None
+
+        # Zeros of the type that the sums have: they differ between devices as the heads do.
+        zeros = jnp.moveaxis(0 * grouped, 1, 3)
+        start = (zeros[..., 0] + _LOWEST, zeros[..., 0], zeros)
+        n_blocks = mask.shape[2] // KEY_BLOCK
+        (_, total, z), _ = jax.lax.scan(add, start, jnp.arange(n_blocks, dtype=jnp.int32))
+        z = z / jnp.where(total == 0, 1, total)[..., None]
+        return jnp.moveaxis(z, 3, 1).reshape(batch, queries, n_heads, d_head)
+
+    return jax.shard_map(local, in_specs=(_HEADS, _HEADS, _HEADS, P("data")), out_specs=_HEADS)(
+        *jax.reshard((q, k, v, mask), (_HEADS, _HEADS, _HEADS, P("data")))
+    )

@@ -16,8 +16,7 @@ CONFIG = grokkit.GrokConfig(
 SITES = ("q", "k", "v", "attn_scores", "pattern", "z", "attn_out_pre_norm")
 
 
-@pytest.fixture(scope="module")
-def found_and_expected():
+def run_layer(sites):
     """One layer's attention over two rows, of which one has a hidden key."""
     mesh = grokkit.make_mesh(1, 2)
     attention = jax.tree.map(lambda a: a[0], random_model(CONFIG, 0, mesh).blocks.attention)
@@ -27,7 +26,7 @@ def found_and_expected():
 
     @jax.jit
     def run(attention, x, visible):
-        tap = Tap(tuple(Capture(s) for s in SITES))
+        tap = Tap(tuple(Capture(s) for s in sites))
         positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
         x, visible = jax.reshard((x, visible), P("data"))
         out, cache = attention(
@@ -38,7 +37,8 @@ def found_and_expected():
 
     with jax.set_mesh(mesh):
         out, found = run(attention, x, visible)
-    np.testing.assert_array_equal(out, found["attn_out_pre_norm"])
+    if "attn_out_pre_norm" in sites:
+        np.testing.assert_array_equal(out, found["attn_out_pre_norm"])
     matrices = {"query": attention.query, "key": attention.key, "value": attention.value}
     weights = {
         f"layer/multi_head_attention/{name}/w": float64(w)
@@ -47,6 +47,23 @@ def found_and_expected():
     expected = {}
     reference.attention(x.astype(np.float64), weights, "layer", CONFIG, ~visible, expected)
     return found, expected
+
+
+@pytest.fixture(scope="module")
+def found_and_expected():
+    return run_layer(SITES)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_key_block_by_key_block_is_the_same(size, monkeypatch):
+    """Of six keys; where the pattern is asked for there are no blocks."""
+    monkeypatch.setattr("grokkit.layers.attention.KEY_BLOCK", size)
+    monkeypatch.setattr("grokkit.layers.attention._attend", None)
+    found, expected = run_layer(("q", "k", "v", "z", "attn_out_pre_norm"))
+    assert relative_error(found["z"], expected["z"]) < 1e-5
+    monkeypatch.undo()
+    monkeypatch.setattr("grokkit.layers.attention.KEY_BLOCK", size)
+    assert relative_error(run_layer(("pattern",))[0]["pattern"], expected["pattern"]) < 1e-5
 
 
 @pytest.mark.parametrize("site", SITES)
