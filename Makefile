@@ -53,6 +53,7 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@$(BIN)/python -m benchmarks.speed --write
 
 clean:
 	rm -rf $(VENV) docs/_build docs/reference docs/notebooks docs/_explorers tests/browser/screenshots build dist .pytest_cache .ruff_cache .hypothesis

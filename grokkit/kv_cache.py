@@ -68,10 +68,14 @@ def write(
     """Put the keys (or values) of new tokens into one layer, each row at its own position."""
 
     def local(buffer, new, layer, start):
+        dtype = buffer.dtype
+        # As integers: on a CPU XLA widens bfloat16 to write it, and rewrites the whole buffer.
+        bits = jnp.dtype(f"uint{8 * dtype.itemsize}")
+        buffer, new = (jax.lax.bitcast_convert_type(a.astype(dtype), bits) for a in (buffer, new))
         for row in range(new.shape[0]):
-            update = new[row].astype(buffer.dtype)[None, None]
+            update = new[row][None, None]
             buffer = jax.lax.dynamic_update_slice(buffer, update, (layer, row, start[row], 0, 0))
-        return buffer
+        return jax.lax.bitcast_convert_type(buffer, dtype)
 
     cache, keys, rows = (partition_spec(a) for a in (("layer", *_KEYS), _KEYS, ("batch",)))
     # Slicing forgets the layout of a batch of one.

@@ -147,9 +147,11 @@ def logit_lens(
     for start in range(0, n, step):
         # The last piece overlaps the one before, to keep one shape.
         at = slice(min(start, n - step), min(start, n - step) + step)
-        whole = _place(lm, (stream[:, :, at], final[:, at], maps, follow[:, at]))
+        states, last, shared, ids = _place(
+            lm, (stream[:, :, at], final[:, at], maps, follow[:, at])
+        )
         with jax.set_mesh(lm.mesh):
-            piece = _read(lm.model, *whole, top)
+            piece = _read(lm.model, states, last, shared, ids, top)
         fresh = slice(start - at.start, None)
         found.append([np.asarray(p)[:, :, fresh] for p in piece])
     kl, log_probs, best, followed = (np.concatenate(p, axis=2) for p in zip(*found, strict=True))

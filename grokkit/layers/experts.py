@@ -43,18 +43,19 @@ def expert_outputs(
     - `dtype`: in which to multiply; see `einsum32`.
     """
     if not isinstance(gate, QuantizedArray | Slot):
-        return plain(x, chosen, gate, value, out, dtype)
+        return plain(x, chosen, (gate, value, out), dtype)
     return jax.lax.platform_dependent(
         x,
         chosen,
         (gate, value, out),
-        cpu=lambda x, chosen, experts: trimmed(x, chosen, *experts, dtype),
-        default=lambda x, chosen, experts: plain(x, chosen, *experts, dtype),
+        cpu=lambda x, chosen, experts: trimmed(x, chosen, experts, dtype),
+        default=lambda x, chosen, experts: plain(x, chosen, experts, dtype),
     )
 
 
-def plain(x: Array, chosen: Array, gate: Any, value: Any, out: Any, dtype: Any) -> Array:
+def plain(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) -> Array:
     """`expert_outputs` with every block run in full."""
+    gate, value, out = experts
     n_rows, n_chosen = chosen.shape
     n_experts = gate.shape[0]
     share = n_rows * n_chosen // n_experts
@@ -72,12 +73,12 @@ def plain(x: Array, chosen: Array, gate: Any, value: Any, out: Any, dtype: Any) 
     return results.reshape(-1, results.shape[-1])[place].reshape(n_rows, n_chosen, -1)
 
 
-def trimmed(x: Array, chosen: Array, gate: Any, value: Any, out: Any, dtype: Any) -> Array:
+def trimmed(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) -> Array:
     """`expert_outputs` of 8-bit matrices with each block cut to the least of a few sizes that
     holds its rows. Differentiable in `x`, at the cost of `plain`."""
     # As in quantised_matmul.blocked: of the type of what varies over devices as the weights do.
-    x = x + 0 * jax.tree.leaves(out)[0].reshape(-1)[0].astype(x.dtype)
-    return _trimmed(x, chosen, (gate, value, out), jnp.dtype(dtype))
+    x = x + 0 * jax.tree.leaves(experts)[0].reshape(-1)[0].astype(x.dtype)
+    return _trimmed(x, chosen, experts, jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -129,7 +130,7 @@ def _trimmed_forward(x: Array, chosen: Array, experts: Any, dtype: Any) -> Any:
 def _trimmed_backward(dtype: Any, residuals: Any, dy: Array) -> Any:
     # Loops of as many turns as there are blocks of a size have no derivative of their own.
     x, chosen, experts = residuals
-    return *jax.vjp(lambda x: plain(x, chosen, *experts, dtype), x)[1](dy), None, None
+    return *jax.vjp(lambda x: plain(x, chosen, experts, dtype), x)[1](dy), None, None
 
 
 _trimmed.defvjp(_trimmed_forward, _trimmed_backward)

@@ -35,7 +35,11 @@ def matrices():
     )
 
 
-FORMS = {"expert_outputs": expert_outputs, "plain": plain, "trimmed": trimmed}
+FORMS = {
+    "expert_outputs": expert_outputs,
+    "plain": lambda x, chosen, g, v, o, dtype: plain(x, chosen, (g, v, o), dtype),
+    "trimmed": lambda x, chosen, g, v, o, dtype: trimmed(x, chosen, (g, v, o), dtype),
+}
 JITTED = {name: jax.jit(form, static_argnums=5) for name, form in FORMS.items()}
 
 
