@@ -4,12 +4,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from grokkit.config import GrokConfig
 from grokkit.sharding import Declaration, ParamSpec, partition_spec
 
 _KEYS = ("batch", "position", "kv_head", "d_head")
+_Stored = (
+    Float[Array, "layer batch capacity kv_head d_head"]
+    | UInt16[Array, "layer batch capacity kv_head d_head"]
+)
 
 
 class KVCache(eqx.Module):
@@ -17,10 +21,13 @@ class KVCache(eqx.Module):
 
     Sequences of a batch may have different lengths. Slots at and beyond a sequence's length
     hold nothing of use and are written over by its next tokens.
+
+    bfloat16 numbers are held as the integers of the same 16 bits: XLA's CPU compiler widens a
+    bfloat16 buffer to write into it, and so would rewrite the whole of it for each token.
     """
 
-    keys: Float[Array, "layer batch position kv_head d_head"] | Declaration
-    values: Float[Array, "layer batch position kv_head d_head"] | Declaration
+    keys: _Stored | Declaration
+    values: _Stored | Declaration
     visible: Bool[Array, "batch position"] | Declaration
     """Whether a slot holds a token that may be attended to: written, and no pad."""
     length: Int[Array, " batch"] | Declaration
@@ -28,10 +35,10 @@ class KVCache(eqx.Module):
 
     @staticmethod
     def specs(config: GrokConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
-        """Declare the cache for `batch` sequences of up to `capacity` tokens."""
+        """Declare the cache for `batch` sequences of up to `capacity` tokens, rounded to `dtype`."""
         kv = ParamSpec(
             (config.n_layers, batch, capacity, config.n_kv_heads, config.d_head),
-            dtype,
+            jnp.uint16 if dtype == jnp.bfloat16 else dtype,
             ("layer", *_KEYS),
         )
         return KVCache(
@@ -60,22 +67,20 @@ class KVCache(eqx.Module):
 
 
 def write(
-    buffer: Float[Array, "layer batch capacity kv_head d_head"],
+    buffer: _Stored,
     new: Float[Array, "batch position kv_head d_head"],
     layer: Int[Array, ""] | int,
     start: Int[Array, " batch"],
-) -> Float[Array, "layer batch capacity kv_head d_head"]:
+) -> _Stored:
     """Put the keys (or values) of new tokens into one layer, each row at its own position."""
 
     def local(buffer, new, layer, start):
-        dtype = buffer.dtype
-        # As integers: on a CPU XLA widens bfloat16 to write it, and rewrites the whole buffer.
-        bits = jnp.dtype(f"uint{8 * dtype.itemsize}")
-        buffer, new = (jax.lax.bitcast_convert_type(a.astype(dtype), bits) for a in (buffer, new))
+        if buffer.dtype == jnp.uint16:
+            new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
         for row in range(new.shape[0]):
-            update = new[row][None, None]
+            update = new[row].astype(buffer.dtype)[None, None]
             buffer = jax.lax.dynamic_update_slice(buffer, update, (layer, row, start[row], 0, 0))
-        return jax.lax.bitcast_convert_type(buffer, dtype)
+        return buffer
 
     cache, keys, rows = (partition_spec(a) for a in (("layer", *_KEYS), _KEYS, ("batch",)))
     # Slicing forgets the layout of a batch of one.
@@ -83,6 +88,16 @@ def write(
     return jax.shard_map(local, in_specs=(cache, keys, partition_spec(()), rows), out_specs=cache)(
         buffer, new, jnp.asarray(layer, jnp.int32), start
     )
+
+
+def read(
+    buffer: _Stored, layer: Int[Array, ""] | int
+) -> Float[Array, "batch capacity kv_head d_head"]:
+    """The keys (or values) of one layer, in the dtype that they were rounded to."""
+    found = jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
+    if found.dtype == jnp.uint16:
+        found = jax.lax.bitcast_convert_type(found, jnp.bfloat16)
+    return jax.reshard(found, partition_spec(_KEYS))
 
 
 def mark_visible(

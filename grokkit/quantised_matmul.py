@@ -2,7 +2,7 @@
 
 `plain` says what is computed, and is what accelerators run: there the conversion fuses into the
 product. On a CPU `blocked` gives the same, converting one block of the matrix at a time so that
-its floats stay in the processor's cache. docs/fast-products.md explains why it looks as it does.
+its floats stay in the processor's cache. docs/performance.md explains why it looks as it does.
 """
 
 import functools

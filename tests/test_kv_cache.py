@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import grokkit
-from grokkit.kv_cache import KVCache, mark_visible, write
+from grokkit.kv_cache import KVCache, mark_visible, read, write
 from grokkit.sharding import partition_spec
 
 CONFIG = grokkit.GrokConfig(
@@ -22,7 +22,9 @@ def test_empty_cache_shows_no_key_and_is_laid_out_over_the_mesh(mesh):
     cache = KVCache.empty(CONFIG, 4, 10, jnp.dtype(jnp.bfloat16), mesh)
     assert cache.capacity == 10
     assert cache.keys.shape == cache.values.shape == (3, 4, 10, 4, 2)
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.keys.dtype == cache.values.dtype == jnp.uint16  # the bits of a bfloat16
+    exact = KVCache.empty(CONFIG, 4, 10, jnp.dtype(jnp.float32), mesh)
+    assert exact.keys.dtype == exact.values.dtype == jnp.float32
     assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 10, 1, 2)
     assert not np.asarray(cache.visible).any() and cache.visible.shape == (4, 10)
     assert cache.length.tolist() == [0] * 4
@@ -44,8 +46,11 @@ def test_each_row_is_written_at_its_own_place_and_nowhere_else(mesh):
             1,
             jax.device_put(start, jax.NamedSharding(mesh, partition_spec(["batch"]))),
         )
+        one = read(found, 1)
     np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(one, expected[1])
     assert found.sharding.spec == partition_spec(("layer", *KEYS))
+    assert one.sharding.spec == partition_spec(KEYS)
 
 
 def test_what_is_written_is_rounded_to_the_caches_dtype(mesh):
@@ -53,7 +58,7 @@ def test_what_is_written_is_rounded_to_the_caches_dtype(mesh):
     cache = KVCache.empty(CONFIG, 2, 4, jnp.dtype(jnp.bfloat16), mesh)
     with jax.set_mesh(mesh):
         rows = jax.device_put(new, jax.NamedSharding(mesh, partition_spec(KEYS)))
-        found = write(cache.keys, rows, 0, cache.length)
+        found = read(write(cache.keys, rows, 0, cache.length), 0)[None]
     assert found.dtype == jnp.bfloat16
     assert (np.asarray(found, np.float32)[0, :, 0] == 1.0).all()
 

@@ -253,7 +253,7 @@ def test_bfloat16_cache_holds_the_rounded_keys_and_values(lm8, golden_arrays, ou
     cache = KVCache.empty(lm8.config, 2, 24, jnp.dtype(jnp.bfloat16), lm8.mesh)
     out = forward(lm8.model, lm8.mesh, golden_arrays["tokens"], cache=cache)
     # Values are cached as they are; those of layer 0 do not depend on what was cached.
-    values = np.asarray(out.cache.values).astype(np.float32)
+    values = np.asarray(out.cache.values).view(jnp.bfloat16).astype(np.float32)
     assert (values[:, :, 19:] == 0).all()
     exact = np.asarray(out8.captured["v"])[0]
     np.testing.assert_allclose(values[0, :, :19], exact, rtol=2**-8, atol=1e-6)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grokkit.config import GrokConfig
-from grokkit.kv_cache import KVCache, write
+from grokkit.kv_cache import KVCache, read, write
 from grokkit.layers.linear import column_parallel, row_parallel
 from grokkit.layers.rotary import rotate
 from grokkit.numerics import einsum32
@@ -87,10 +87,7 @@ class Attention(eqx.Module):
             keys = write(cache.keys, k, layer, start)
             values = write(cache.values, v, layer, start)
             cache = eqx.tree_at(lambda c: (c.keys, c.values), cache, (keys, values))
-            k, v = (
-                jax.reshard(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), _HEADS)
-                for a in (keys, values)
-            )
+            k, v = read(keys, layer), read(values, layer)
         key_positions = jnp.arange(k.shape[1])
         mask = (key_positions <= positions[:, :, None]) & visible[:, None, :]
         if k.shape[1] <= KEY_BLOCK or tap.wants("attn_scores") or tap.wants("pattern"):
