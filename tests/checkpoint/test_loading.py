@@ -282,4 +282,5 @@ def test_peak_memory_over_the_weights(large, part, monkeypatch):
     assert 0.98 * weights < after  # the measure sees the weights
     assert peak - weights < 2 * largest_shard + slack
     if part is loading.HostPart:
-        assert peak - weights < slack
+        # One slice of an 8-bit matrix, on its way while it is turned round.
+        assert peak - weights < largest_shard + slack
