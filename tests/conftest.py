@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import matplotlib
 import numpy as np
 import pytest
@@ -27,6 +28,19 @@ Two and two make four; four and four make eight.
 She said that the answer was not the question that he had asked.
 Der Rest ist Schweigen, sagte er, und ging.
 """.splitlines()
+
+
+MOST_MAPPINGS = 20_000
+"""Of memory in one process; Linux allows 65,530 unless told otherwise, and aborts at the next."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Let go of compiled programs, each of which maps memory for its kernels, before too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
