@@ -124,10 +124,8 @@ def _attend(
     batch, queries, n_heads, d_head = q.shape
     n_kv_heads = k.shape[2]
     grouped = _reshape(q, (batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head), _HEADS)
-    scores = einsum32("bqngd,bknd->bngqk", grouped, k, dtype)
+    scores = _scores(grouped, k, config, dtype)
     scores = _reshape(scores, (batch, n_heads, queries, k.shape[1]), _SCORES)
-    scores = scores * config.attention_multiplier
-    scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
     mask = mask[:, None]
     # Masked again after the tap: an edit of a score cannot make a hidden key visible.
     scores = jnp.where(mask, tap("attn_scores", jnp.where(mask, scores, -jnp.inf)), -jnp.inf)
@@ -138,6 +136,17 @@ def _attend(
     weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[1]), _SCORES)
     z = einsum32("bngqk,bknd->bqngd", weights, v, dtype)
     return _reshape(z, (batch, queries, n_heads, d_head), _HEADS)
+
+
+def _scores(
+    q: Float[Array, "batch query kv_head group d_head"],
+    k: Float[Array, "batch key kv_head d_head"],
+    config: GrokConfig,
+    dtype: Any,
+) -> Float[Array, "batch kv_head group query key"]:
+    """How strongly each query asks for each key, under the soft cap."""
+    scores = einsum32("bqngd,bknd->bngqk", q, k, dtype) * config.attention_multiplier
+    return config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
 
 
 def _attend_by_blocks(
@@ -165,9 +174,7 @@ def _attend_by_blocks(
                 jax.lax.dynamic_slice_in_dim(a, block * KEY_BLOCK, KEY_BLOCK, axis)
                 for a, axis in ((k, 1), (v, 1), (mask, 2))
             )
-            scores = einsum32("bqngd,bknd->bngqk", grouped, keys, dtype)
-            scores = scores * config.attention_multiplier
-            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+            scores = _scores(grouped, keys, config, dtype)
             seen = seen[:, None, None]
             above = jnp.maximum(largest, jnp.max(scores, axis=-1, where=seen, initial=_LOWEST))
             exp = jnp.where(seen, jnp.exp(scores - above[..., None]), 0)
