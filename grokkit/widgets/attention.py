@@ -9,14 +9,14 @@ from jaxtyping import Float, UInt16
 from grokkit.errors import PromptError
 from grokkit.language_model import LanguageModel
 from grokkit.taps import Capture
-from grokkit.widgets.explorer import Data, Explorer, button, one_row, text_area
+from grokkit.widgets.explorer import Data, TextExplorer, button, one_row, text_area
 
 STEPS = 4095
 """Patterns are sent as 12-bit integers, two letters each: this many steps from 0 to 1."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
-class AttentionExplorer(Explorer):
+class AttentionExplorer(TextExplorer):
     """The attention patterns of a text, head by head.
 
     Pickers choose the layer and the head. Pointing at a token lights up the tokens that it looks
@@ -63,15 +63,6 @@ class AttentionExplorer(Explorer):
         self._text.observe(lambda _: self.refresh(), "value")
         self.view.observe(self._on_state, "state")
         self.refresh()
-
-    @property
-    def text(self) -> str:
-        """The text; setting it computes its patterns."""
-        return self._text.value
-
-    @text.setter
-    def text(self, text: str) -> None:
-        self._text.value = text
 
     def show(self, layer: int, head: int) -> None:
         """Show this head's pattern."""

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import traitlets
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from grokkit.errors import GrokkitError, PromptError
 from grokkit.generate import bucket, pad_right
@@ -157,6 +157,21 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
         self._status.value = text
 
 
+class TextExplorer(Explorer):
+    """An explorer of one text, which a field of its own holds."""
+
+    _text: ipywidgets.Textarea
+
+    @property
+    def text(self) -> str:
+        """The text; setting it computes what is shown of it."""
+        return self._text.value
+
+    @text.setter
+    def text(self, text: str) -> None:
+        self._text.value = text
+
+
 def text_area(label: str, text: str, rows: int = 2) -> ipywidgets.Textarea:
     """A field for a prompt; what is typed counts once the field is left."""
     area = ipywidgets.Textarea(
@@ -202,10 +217,3 @@ def same_rows(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Int[np.ndarra
 def rounded(values: Any, digits: int = 5) -> Any:
     """A number or nested lists of them as they go into JSON: short, at any precision."""
     return np.round(np.asarray(values, np.float64), digits).tolist()
-
-
-def softmax(logits: Float[np.ndarray, "*lead vocab"]) -> Float[np.ndarray, "*lead vocab"]:
-    """In double precision, over the last axis."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from grokkit.analysis.lens import LensReading, TunedLens, logit_lens
 from grokkit.errors import PromptError
 from grokkit.language_model import LanguageModel
-from grokkit.widgets.explorer import Data, Explorer, button, one_row, rounded, text_area
+from grokkit.widgets.explorer import Data, TextExplorer, button, one_row, rounded, text_area
 
 SITES = ("embed", "resid_post")
 TOP = 5
@@ -26,7 +26,7 @@ class Request:
     follow_text: str
 
 
-class LensExplorer(Explorer):
+class LensExplorer(TextExplorer):
     """The logit lens: the most probable next token at every depth and position.
 
     Pointing at a cell shows its five best tokens. A click draws how probable three tokens become
@@ -77,15 +77,6 @@ class LensExplorer(Explorer):
         self._follow.observe(lambda _: self._on_follow(), "value")
         self.view.observe(lambda _: self._on_state(), "state")
         self.refresh()
-
-    @property
-    def text(self) -> str:
-        """The text; setting it reads it."""
-        return self._text.value
-
-    @text.setter
-    def text(self, text: str) -> None:
-        self._text.value = text
 
     def follow(self, token: str) -> None:
         """Follow the token that this text spells; ␣ may stand for a space."""

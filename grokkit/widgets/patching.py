@@ -8,6 +8,7 @@ import ipywidgets
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from scipy.special import softmax
 
 from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
 from grokkit.analysis.patching import LogitDifference, Sweep, attribution_patch, patch
@@ -19,7 +20,6 @@ from grokkit.widgets.explorer import (
     button,
     one_row,
     rounded,
-    softmax,
     text_area,
 )
 from grokkit.widgets.lens import one_token
@@ -265,7 +265,7 @@ def describe_run(
     lm: LanguageModel, logits: Float[np.ndarray, " vocab"], metric: LogitDifference
 ) -> Data:
     """The most probable next tokens of a run, and its metric."""
-    probs = softmax(logits)
+    probs = softmax(logits.astype(np.float64), axis=-1)
     best = np.argsort(-probs, kind="stable")[:TOP]
     return {
         "metric": rounded(metric(jnp.asarray(logits)[None, None])[0]),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import softmax
 
 from grokkit.edits import Edit, ForbidExperts, RequireExperts
 from grokkit.errors import PromptError
@@ -13,12 +14,11 @@ from grokkit.language_model import LanguageModel
 from grokkit.plots import EXPERT_COLOURS
 from grokkit.widgets.explorer import (
     Data,
-    Explorer,
+    TextExplorer,
     button,
     one_row,
     rounded,
     same_rows,
-    softmax,
     text_area,
 )
 
@@ -35,7 +35,7 @@ class Request:
     layers: tuple[int, ...] | None
 
 
-class RoutingExplorer(Explorer):
+class RoutingExplorer(TextExplorer):
     """Tokens coloured by their expert in a chosen layer.
 
     Pointing at a token shows its router's probabilities and choice in every layer. Buttons force
@@ -83,15 +83,6 @@ class RoutingExplorer(Explorer):
         self._text.observe(lambda _: self.refresh(), "value")
         self.view.observe(lambda _: self._on_state(), "state")
         self.refresh()
-
-    @property
-    def text(self) -> str:
-        """The text; setting it computes its routing."""
-        return self._text.value
-
-    @text.setter
-    def text(self, text: str) -> None:
-        self._text.value = text
 
     @property
     def layer(self) -> int:
@@ -212,7 +203,7 @@ def mean_loss(
     new = np.asarray(ids[start:])
     if not len(new):
         return None
-    probs = softmax(logits[start - 1 : len(ids) - 1])
+    probs = softmax(logits[start - 1 : len(ids) - 1].astype(np.float64), axis=-1)
     return round(float(-np.log(probs[np.arange(len(new)), new]).mean()), 4)
 
 
