@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[2]
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
-BYTES_A_TOKEN = 4 * (1536 * 1536 * 2 + 1536 * 768 * 2 + 2 * 3 * 1536 * 8192) + 4 * 8192 * 1536
-"""What a token of mid makes a device read: int8 matrices, two experts of each layer, and the
-float32 embedding."""
+ENTRIES_A_TOKEN = 4 * (1536 * 1536 * 2 + 1536 * 768 * 2 + 2 * 3 * 1536 * 8192)
+"""Entries of the int8 matrices of mid that a token meets: two experts of each layer."""
+BYTES_A_TOKEN = ENTRIES_A_TOKEN + 4 * 8192 * 1536  # and the float32 embedding
 
 
 class Worker:
@@ -137,7 +137,7 @@ def table(times: dict, limits: dict, nano: dict[int, float]) -> str:
         lines.append(f"| {name} | {cells[0]:.0f} | {cells[1]:.1f} |")
     step = statistics.median(times["one device", "decode"])
     first = statistics.median(times["one device", "prefill"])
-    operations = 2 * 256 * 4 * (1536 * 1536 * 2 + 1536 * 768 * 2 + 2 * 3 * 1536 * 8192)
+    operations = 2 * 256 * ENTRIES_A_TOKEN
     lines += ["",
         (f"A token of decode reads {BYTES_A_TOKEN / 1e6:.0f} MB: {BYTES_A_TOKEN / step / 1e9:.1f} "
         f"GB/s, where this machine reads {limits['read'] / 1e9:.1f} GB/s. Prefill does "

@@ -3,7 +3,6 @@
 Weights are random: speed does not depend on them, as long as the routing is not all to one expert.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -107,10 +106,3 @@ def export(path: str) -> None:
         else:
             arrays[name] = jnp.swapaxes(leaf, -1, -2) if name == "ffn_gate_inp" else leaf
     np.savez(path, **{name: np.asarray(a) for name, a in arrays.items()})
-
-
-def describe(config: grokkit.GrokConfig) -> str:
-    """The sizes in one line."""
-    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    shown = ("d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "d_head", "vocab_size")
-    return ", ".join(f"{name} {sizes[name]}" for name in shown) + ", 8 experts top 2"
