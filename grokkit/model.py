@@ -1,6 +1,6 @@
 """Grok-1: embedding, a stack of decoder layers, and the tied unembedding."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,6 +30,15 @@ class Output(eqx.Module):
     """Keys and values with the new tokens', if a cache was given."""
     captured: dict[str, Any]
     """What the captures kept, by their key; from layers, with a leading layer axis."""
+
+
+class Resume(NamedTuple):
+    """The middle of a forward pass: for cases that differ from one layer on only."""
+
+    layer: Int[Array, ""]
+    """The first layer to run; one program serves all."""
+    resid_pre: Float[Array, "batch position d_model"]
+    """The residual stream that enters it."""
 
 
 class Block(eqx.Module):
@@ -91,6 +100,7 @@ class Grok(eqx.Module):
         last_only: bool = False,
         captures: tuple[Capture, ...] = (),
         edits: tuple[Change, ...] = (),
+        resume: "Resume | None" = None,
     ) -> Output:
         """Next-token logits of every position.
 
@@ -102,6 +112,7 @@ class Grok(eqx.Module):
             by default. The cache's lengths grow by this much.
         - `last_only`: give the logits of each row's last real token only, as one position.
         - `captures`, `edits`: what to keep and what to change; resolved against this model.
+        - `resume`: begin at a layer, without captures or cache. Edits below it are not made.
 
         **Returns:** an `Output`.
         """
@@ -119,7 +130,11 @@ class Grok(eqx.Module):
 
         outer = Tap(captures, edits, None, positions)
         x = outer("embed", self.embedding.embed(tokens) * self.config.embedding_multiplier)
-        x, cache, captured = self._run_blocks(x, positions, visible, cache, captures, edits)
+        if resume is None:
+            x, cache, captured = self._run_blocks(x, positions, visible, cache, captures, edits)
+        else:
+            assert cache is None and not captures, "resume goes with neither cache nor captures"
+            x, captured = self._run_from(resume, positions, visible, edits), {}
         if cache is not None:
             cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + counts))
         if last_only:
@@ -147,7 +162,6 @@ class Grok(eqx.Module):
     ) -> tuple[Array, KVCache | None, dict[str, Any]]:
         """Scan over the layers; captures of some layers only are written to buffers as they come."""
 
-        # A layer's 8-bit matrices stay in their stack, since to slice them out would copy them.
         stacks, rest = eqx.partition(self.blocks, _is_quantised, is_leaf=_is_quantised)
 
         def run(carry, xs):
@@ -181,6 +195,19 @@ class Grok(eqx.Module):
         buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
         ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
         return x, cache, captured | buffers
+
+    def _run_from(
+        self, resume: Resume, positions: Array, visible: Array, edits: tuple[Change, ...]
+    ) -> Array:
+        """The layers from one on, in a loop of as many turns as there are."""
+
+        def run(layer: Array, x: Array) -> Array:
+            block = jax.tree.map(lambda w: index(w, layer), self.blocks, is_leaf=_is_quantised)
+            tap = Tap((), edits, layer, positions)
+            return block(x, positions, visible, None, layer, self.dtype, tap)[0]
+
+        x = jax.reshard(resume.resid_pre, P("data", None, None))
+        return jax.lax.fori_loop(resume.layer, self.config.n_layers, run, x)
 
 
 def _is_quantised(x: Any) -> bool:

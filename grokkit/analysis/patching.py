@@ -2,9 +2,9 @@
 
 A sweep takes a clean and a corrupted prompt of equal length and a metric of the logits. Each case
 runs the corrupted prompt with one piece of the clean run in place: a layer and position of a
-site, a head, or an expert. Cases are the batch rows of one compiled program. Beside it,
-attribution patching estimates all cases from one gradient (Nanda, "Attribution patching", 2023;
-Syed et al., arXiv 2310.10348).
+site, a head, or an expert. Cases are the batch rows of one compiled program, which begins at the
+first layer that any of them changes. Beside it, attribution patching estimates all cases from one
+gradient (Nanda, "Attribution patching", 2023; Syed et al., arXiv 2310.10348).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
 from grokkit.edits import Add, resolve, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Grok
+from grokkit.model import Grok, Resume
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
@@ -118,7 +118,7 @@ def patch(
     - `clean`, `corrupted`: one prompt each, text or token ids, of as many tokens.
     - `metric`: of the logits [row, position, vocab], one number a row.
     - `grid`: `Positions(site)`, `Heads(site)` or `Experts()`.
-    - `rows`: most cases that run at once; by default as many as keep the logits below 256 MiB, 96
+    - `rows`: most cases that run at once; by default as many as keep the logits below 256 MiB, 48
         at most. All chunks, and other prompts of equal length, share one compiled program.
     - `progress`: show a progress bar, in cases.
 
@@ -139,8 +139,12 @@ def patch(
             chunk = np.minimum(np.arange(start, start + rows), len(cases) - 1)
             edit = grid.edit(runs, layers[chunk], cases[chunk])
             edits = _on_every_device(lm, resolve([edit], lm.config, lengths))
+            # Below the chunk's first layer its rows are the corrupted run.
+            first = layers[start]
+            stream = np.repeat(runs.corrupted["resid_pre"][first, None], rows, axis=0)
+            resume = Resume(jnp.asarray(first), jnp.asarray(stream))
             with jax.set_mesh(lm.mesh):
-                found = np.asarray(_measure(lm.model, ids, lengths, edits, metric))
+                found = np.asarray(_measure(lm.model, ids, lengths, edits, metric, resume))
             kept = min(rows, len(cases) - start)
             results.append(found[:kept])
             bar.update(kept)
@@ -194,8 +198,9 @@ def _measure(
     lengths: Array | np.ndarray,
     edits: tuple[Any, ...],
     metric: Metric,
+    resume: Resume,
 ) -> Float[Array, " batch"]:
-    return _metric_of(model, ids, lengths, edits, metric)
+    return _metric_of(model, ids, lengths, edits, metric, resume)
 
 
 def _metric_of(
@@ -204,12 +209,13 @@ def _metric_of(
     lengths: Array | np.ndarray,
     edits: tuple[Any, ...],
     metric: Metric,
+    resume: Resume | None = None,
 ) -> Float[Array, " batch"]:
     last_only = getattr(metric, "last_only", False)
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
-    logits = model(ids, lengths=lengths, edits=edits, last_only=last_only).logits
+    out = model(ids, lengths=lengths, edits=edits, last_only=last_only, resume=resume)
     # Whole on every device, so that a metric may index as it likes.
-    return metric(jax.reshard(logits, P()))
+    return metric(jax.reshard(out.logits, P()))
 
 
 @eqx.filter_jit
@@ -235,16 +241,17 @@ def _both_runs(
             f"clean and corrupted: expected prompts of equally many tokens, found "
             f"{ids[0].shape[1]} and {ids[1].shape[1]}; positions could not be matched"
         )
+    sites = list(dict.fromkeys(("resid_pre", *grid.sites)))
     kept, values = [], []
     for row in ids:
         tiled = np.repeat(row, lm.mesh.shape["data"], axis=0)
-        logits, cache = lm.run_with_cache(tiled, list(grid.sites))
+        logits, cache = lm.run_with_cache(tiled, sites)
         value = np.asarray(metric(jnp.asarray(np.asarray(logits[:1]))))
         if value.shape != (1,):
             raise PromptError(f"metric: expected one number for each row, shape (1,) for 1 row, "
                               f"found shape {value.shape}")  # fmt: skip
         values.append(float(value[0]))
-        kept.append({name: np.asarray(cache[name][:, 0]) for name in grid.sites})
+        kept.append({name: np.asarray(cache[name][:, 0]) for name in sites})
     n = ids[0].shape[1]
     return Runs(lm.config, n, *kept), ids[1], (values[0], values[1])
 
@@ -266,7 +273,7 @@ def _rows(lm: LanguageModel, n_positions: int, n_cases: int, rows: int | None) -
     if rows is not None and rows < 1:
         raise PromptError(f"rows: expected at least 1, found {rows}")
     if rows is None:
-        rows = min(96, max(1, 2**28 // (4 * n_positions * lm.config.vocab_size)))
+        rows = min(48, max(1, 2**28 // (4 * n_positions * lm.config.vocab_size)))
     chunks = -(-n_cases // rows)
     data = lm.mesh.shape["data"]
     return -(-n_cases // (chunks * data)) * data
