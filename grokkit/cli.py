@@ -1,6 +1,7 @@
 """The command line: `grokkit sample` and `grokkit inspect`."""
 
 import argparse
+import dataclasses
 import os
 import signal
 import socket
@@ -13,10 +14,11 @@ import jax
 import grokkit
 from grokkit.checkpoint import Checkpoint, check_finite, open_checkpoint
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
-from grokkit.generate import Sampling, check_prompts
+from grokkit.generate import check_prompts
 from grokkit.inspect_checkpoint import checkpoint_layout
 from grokkit.language_model import default_mesh
 from grokkit.model import check_mesh
+from grokkit.sampling import Sampling
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
 
@@ -132,6 +134,25 @@ def _parser() -> argparse.ArgumentParser:
         "draws from all (default: %(default)s)",
     )  # fmt: skip
     sample.add_argument(
+        "--top-k", type=int, default=0, metavar="K",
+        help="draw from the K most probable tokens; 0 draws from all (default: %(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P",
+        help="draw only tokens at least P times as probable as the most probable one (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R",
+        help="above 1, tokens that the text holds already become less probable (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--allowed", type=_token_ids, default=None, metavar="ID,ID,...",
+        help="ids of the tokens that may be drawn, the end of text, 2, among them if it may end "
+        "(default: all)",
+    )  # fmt: skip
+    sample.add_argument(
         "--seed", type=int, default=0, metavar="S",
         help="the same seed gives the same text; another one, another (default: %(default)s)",
     )  # fmt: skip
@@ -185,6 +206,16 @@ def _mesh_shape(text: str) -> tuple[int, int]:
     return data, model
 
 
+def _token_ids(text: str) -> list[int]:
+    """`"5,7,9"` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected token ids with commas between, as in 5,7,9; found {text!r}"
+        ) from None
+
+
 def _sample(options: argparse.Namespace) -> None:
     if options.virtual_devices is not None:
         grokkit.virtual_devices(options.virtual_devices)
@@ -192,13 +223,17 @@ def _sample(options: argparse.Namespace) -> None:
     mesh = _mesh(options, checkpoint)
     _check_request(options, checkpoint, mesh)
     lm = grokkit.load(options.checkpoint, mesh, options.dtype, progress=not options.no_progress)
-    tokens = lm.stream(
-        options.prompt, options.max_len, options.temperature, options.top_p, options.seed
-    )
+    tokens = lm.stream(options.prompt, options.max_len, **vars(_sampling(options)))
     print(options.prompt, end="", flush=True)
     for token in tokens:
         print(token.text, end="", flush=True)
     print()
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)}
+    )
 
 
 def _mesh(options: argparse.Namespace, checkpoint: Checkpoint) -> jax.sharding.Mesh:
@@ -224,7 +259,7 @@ def _check_request(
 ) -> None:
     """Refuse before the weights are loaded, which can take long, what would fail after."""
     check_mesh(checkpoint.config, mesh)
-    Sampling(options.temperature, options.top_p, options.seed).rows(1)
+    _sampling(options).rows(1, checkpoint.config.vocab_size)
     if options.max_len < 1:
         raise PromptError(f"--max-len must be at least 1, found {options.max_len}")
     if checkpoint.tokenizer_file is None:

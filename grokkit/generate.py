@@ -1,4 +1,4 @@
-"""Prefill, decode and sampling: from prompts' token ids to new ones.
+"""Prefill and decode: from prompts' token ids to new ones.
 
 The decode loop runs on the device in blocks of tokens; the host reads one block's tokens while
 the next is computed. Prompts are padded on the right to a few lengths, so that a new length
@@ -8,7 +8,7 @@ rarely compiles anything.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,139 +16,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Int, PyTree
 
 from grokkit.config import GrokConfig
 from grokkit.errors import PromptError
 from grokkit.kv_cache import KVCache
 from grokkit.model import Grok
+from grokkit.sampling import Draw, Rows, Sampling, mark_seen, sample
 from grokkit.taps import Capture, Change
 
-N_ALTERNATIVES = 8
 PREFILL_PART = 1024
 """Tokens of a prompt that are run at once."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; one value for all sequences, or one for each."""
+class State(NamedTuple):
+    """Sequences under way."""
 
-    temperature: float | int | Sequence[float] = 1.0
-    """The logits are divided by it; 0 takes the most probable token."""
-    top_p: float | int | Sequence[float] = 1.0
-    """Draw from the fewest most probable tokens that together reach this probability (nucleus
-    sampling, Holtzman et al., arXiv 1904.09751)."""
-    seed: int | Sequence[int] = 0
-    """The draws of sequence i of a batch come from `seed + i`, or from its own seed. They depend
-    on it and on the token's position only, not on what else is in the batch."""
-
-    def rows(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Temperature, top_p and seed of each of `n` sequences.
-
-        **Raises:** `PromptError` for a value out of range, or not one for each sequence.
-        """
-        temperature = _each("temperature", self.temperature, n, np.float32)
-        if not (np.isfinite(temperature).all() and (temperature >= 0).all()):
-            raise PromptError(f"temperature must be 0 or more, found {self.temperature}")
-        top_p = _each("top_p", self.top_p, n, np.float32)
-        if not ((top_p > 0) & (top_p <= 1)).all():
-            raise PromptError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        seed = np.asarray(self.seed)
-        if seed.dtype.kind not in "iu" or (seed < 0).any() or (seed >= 2**32).any():
-            raise PromptError(f"seed must be an integer from 0 to 2**32 - 1, found {self.seed}")
-        seeds = (int(seed) + np.arange(n)) % 2**32 if seed.ndim == 0 else seed
-        return temperature, top_p, _each("seed", seeds, n, np.uint32)
+    cache: KVCache
+    token: Int[Array, " batch"]
+    """The token of each that is drawn and not yet fed."""
+    seen: Bool[Array, "batch vocab"] | None
+    """Which tokens each has been fed, where a setting asks for it."""
 
 
-def _each(name: str, value: Any, n: int, dtype: Any) -> np.ndarray:
-    values = np.asarray(value, dtype)
-    if values.ndim > 1 or values.ndim == 1 and values.shape[0] != n:
-        raise PromptError(f"{name}: expected one value, or one for each of {n} prompts, found "
-                          f"{values.size}")  # fmt: skip
-    return np.broadcast_to(values, (n,))
-
-
-class Draw(eqx.Module):
-    """The tokens drawn at one step, and how probable the model held them to be.
-
-    Probabilities are the model's own: softmax of the logits, before temperature and nucleus.
-    """
-
-    token: Int[Array, " *batch"]
-    prob: Float[Array, " *batch"]
-    top_tokens: Int[Array, "*batch alternative"]
-    """The most probable tokens, best first."""
-    top_probs: Float[Array, "*batch alternative"]
-
-
-def sample(
-    logits: Float[Array, "batch vocab"],
-    temperature: Float[Array, " batch"],
-    top_p: Float[Array, " batch"],
-    seed: UInt32[Array, " batch"],
-    position: Int[Array, " batch"],
-) -> Draw:
-    """Draw each sequence's next token.
-
-    **Arguments:**
-
-    - `logits`: of the sequence's last token.
-    - `temperature`, `top_p`, `seed`: see `Sampling`.
-    - `position`: that the new token will have; with the seed it determines the draw.
-    """
-
-    def local(logits, temperature, top_p, seed, position):
-        greedy = temperature == 0
-        # Zero at the largest, so that the smallest temperature cannot make that infinite.
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        scaled = (logits - largest) / jnp.where(greedy, 1, temperature)[:, None]
-        kept = jax.lax.cond(
-            jnp.any(top_p < 1), lambda: nucleus(scaled, top_p), lambda: jnp.ones_like(scaled, bool)
-        )
-        noise = jax.vmap(lambda s, p: jax.random.gumbel(
-            jax.random.fold_in(jax.random.key(s), p), logits.shape[1:]
-        ))(seed, position)  # fmt: skip
-        # The largest of logit + Gumbel noise is a draw from the softmax.
-        drawn = jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1)
-        token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
-        probs = jax.nn.softmax(logits, axis=-1)
-        top_probs, top_tokens = jax.lax.top_k(probs, min(N_ALTERNATIVES, probs.shape[1]))
-        prob = jnp.take_along_axis(probs, token[:, None], axis=1)[:, 0]
-        return Draw(token, prob, top_tokens, top_probs)
-
-    rows = P("data")
-    return jax.shard_map(local, in_specs=(rows,) * 5, out_specs=rows)(
-        jax.reshard(logits, P("data", None)), temperature, top_p, seed, position
-    )
-
-
-def nucleus(
-    logits: Float[Array, "batch vocab"], top_p: Float[Array, " batch"]
-) -> Bool[Array, "batch vocab"]:
-    """The fewest most probable tokens whose probabilities together reach `top_p`.
-
-    A token is kept if those more probable than it do not reach `top_p`; so one always is. Of
-    equally probable tokens the lower id counts as the more probable.
-    """
-    probs = jax.nn.softmax(logits, axis=-1)
-    order = jnp.argsort(-probs, axis=-1, stable=True)
-    ordered = jnp.take_along_axis(probs, order, axis=-1)
-    before = jnp.cumsum(ordered, axis=-1) - ordered
-    # At top_p = 1 rounding of the sum must not cut a token off.
-    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
-
-
-@functools.partial(jax.jit, static_argnames=("captures",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("captures",), donate_argnames=("cache", "seen"))
 def _prefill(
     model: Grok,
     tokens: Array,
     lengths: Array,
     cache: KVCache,
-    rows: tuple[Array, Array, Array],
+    rows: Rows,
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
-) -> tuple[KVCache, Draw, dict[str, Any]]:
+    seen: Array | None = None,
+) -> tuple[State, Draw, dict[str, Any]]:
     # A capture of every position's logits needs them all; otherwise only the last are computed.
     last_only = not any(c.site in ("final_norm", "logits") for c in captures)
     out = model(
@@ -158,25 +59,29 @@ def _prefill(
     if not last_only:
         logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)
     assert out.cache is not None
-    drawn = sample(logits[:, 0], rows[0], rows[1], rows[2], out.cache.length)
-    return out.cache, drawn, out.captured
+    seen = None if seen is None else mark_seen(seen, tokens, lengths)
+    drawn = sample(logits[:, 0], rows, out.cache.length, seen)
+    return State(out.cache, drawn.token, seen), drawn, out.captured
 
 
-def _prefill_in_parts(
+def prefill_in_parts(
     model: Grok,
     tokens: np.ndarray,
     lengths: np.ndarray,
     cache: KVCache,
-    rows: tuple[Array, Array, Array],
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[KVCache, Draw, dict[str, Any]]:
+    rows: Rows,
+    captures: tuple[Capture, ...] = (),
+    edits: tuple[Change, ...] = (),
+) -> tuple[State, Draw, dict[str, Any]]:
     """`_prefill` of long prompts part by part, so that memory does not grow with their length.
 
     What is captured is one array for the whole prompt, so that then there is one part.
     """
     part = tokens.shape[1] if captures else min(PREFILL_PART, tokens.shape[1])
     draw, captured = None, {}
+    seen = None
+    if rows.constraints is not None:
+        seen = jnp.zeros_like(rows.constraints.allowed)
     for start in range(0, tokens.shape[1], part):
         counts = np.clip(lengths - start, 0, part).astype(np.int32)
         if start and not counts.any():
@@ -184,13 +89,14 @@ def _prefill_in_parts(
         piece, counts_on_rows = (
             jax.device_put(a, P("data")) for a in (tokens[:, start : start + part], counts)
         )
-        cache, drawn, captured = _prefill(
-            model, piece, counts_on_rows, cache, rows, captures, edits
+        (cache, _, seen), drawn, captured = _prefill(
+            model, piece, counts_on_rows, cache, rows, captures, edits, seen
         )
         # A row's draw is that of the part in which it ends.
         draw = drawn if draw is None else _keep(counts_on_rows > 0, drawn, draw)
     assert draw is not None
-    return cache, draw, captured
+    # A copy, since a state is donated to the next step and its draw is still to be read.
+    return State(cache, jnp.copy(draw.token), seen), draw, captured
 
 
 @jax.jit
@@ -201,27 +107,43 @@ def _keep(new: Bool[Array, " batch"], drawn: Draw, draw: Draw) -> Draw:
     return jax.tree.map(pick, drawn, draw)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("cache",))
-def _decode(
+@functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("state",))
+def decode(
     model: Grok,
-    cache: KVCache,
-    token: Array,
-    rows: tuple[Array, Array, Array],
+    state: State,
+    rows: Rows,
     n: int,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[KVCache, Array, Draw, dict[str, Any]]:
-    """Feed `token`, draw the next, and so on `n` times. Draws come with a leading step axis."""
+    captures: tuple[Capture, ...] = (),
+    edits: tuple[Change, ...] = (),
+    active: Bool[Array, " batch"] | None = None,
+) -> tuple[State, Draw, dict[str, Any]]:
+    """Feed each sequence's token, draw the next, and so on `n` times.
 
-    def step(carry, _):
-        cache, token = carry
-        out = model(token[:, None], cache=cache, captures=captures, edits=edits)
+    **Arguments:** as `generate_tokens`'; and `active`: which rows of the batch hold a sequence, all
+    by default. The others are kept empty, and all take the same way through the model.
+
+    **Returns:** the state after; draws and captures with a leading step axis.
+    """
+    if active is not None:
+        visible = state.cache.visible & active[:, None]
+        cache = eqx.tree_at(lambda c: c.visible, state.cache, visible)
+        state = state._replace(cache=cache)
+
+    def step(state: State, _: None) -> tuple[State, tuple[Draw, dict[str, Any]]]:
+        cache, token, seen = state
+        counts = None
+        if active is not None:
+            counts = active.astype(jnp.int32)
+            token = jnp.where(active, token, model.config.pad_token)
+        out = model(token[:, None], cache=cache, lengths=counts, captures=captures, edits=edits)
         assert out.cache is not None
-        draw = sample(out.logits[:, 0], rows[0], rows[1], rows[2], out.cache.length)
-        return (out.cache, draw.token), (draw, out.captured)
+        if seen is not None:
+            seen = mark_seen(seen, token[:, None], jnp.ones_like(token))
+        draw = sample(out.logits[:, 0], rows, out.cache.length, seen)
+        return State(out.cache, draw.token, seen), (draw, out.captured)
 
-    (cache, token), (draws, captured) = jax.lax.scan(step, (cache, token), length=n)
-    return cache, token, draws, captured
+    state, (draws, captured) = jax.lax.scan(step, state, length=n)
+    return state, draws, captured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +183,7 @@ def generate_tokens(
     if max_len < 1:
         raise PromptError(f"max_len must be at least 1, found {max_len}")
     check_prompts(model.config, mesh, prompts, max_len)
-    rows = sampling.rows(len(prompts))
+    rows = sampling.rows(len(prompts), model.config.vocab_size)
     return _rounds(model, mesh, prompts, max_len, rows, block, captures, edits)
 
 
@@ -270,7 +192,7 @@ def _rounds(
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     max_len: int,
-    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rows: Rows,
     block: int,
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
@@ -287,18 +209,15 @@ def _rounds(
         capacity = bucket(max(longest + max_len + block, tokens.shape[1]), steps=8)
         cache = KVCache.empty(config, len(prompts), capacity, model.dtype, mesh)
         lengths = np.array([len(p) for p in prompts], np.int32)
-        cache, draw, captured = _prefill_in_parts(
+        state, draw, captured = prefill_in_parts(
             model, tokens, lengths, cache, on_rows, captures, edits
         )
-        token = draw.token
     pending = Piece(jax.tree.map(lambda a: a[None], _to_host_async(draw)), captured)
     yield pending  # at once: the first token need not wait for the decode step's compilation
     pending, done = None, 1
     while done < max_len:
         with jax.set_mesh(mesh):
-            cache, token, draws, captured = _decode(
-                model, cache, token, on_rows, block, captures, edits
-            )
+            state, draws, captured = decode(model, state, on_rows, block, captures, edits)
         # The next block is under way on the device while this one's tokens are read.
         if pending is not None:
             yield pending

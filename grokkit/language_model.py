@@ -20,7 +20,7 @@ from grokkit.checkpoint import check_finite, load_params, open_checkpoint
 from grokkit.config import GrokConfig
 from grokkit.edits import Edit, resolve
 from grokkit.errors import CheckpointError, ConfigError, PromptError, TokenizerError
-from grokkit.generate import Sampling, check_prompts, generate_tokens, pad_right
+from grokkit.generate import check_prompts, generate_tokens, pad_right
 from grokkit.inspection import (
     Bill,
     Captures,
@@ -30,6 +30,7 @@ from grokkit.inspection import (
     bill,
 )
 from grokkit.model import Grok, Output, check_mesh, param_specs
+from grokkit.sampling import Allowed, Sampling
 from grokkit.sharding import make_mesh, release
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
@@ -236,6 +237,11 @@ class LanguageModel:
         top_p: float | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
+        *,
+        top_k: int | Sequence[int] = 0,
+        min_p: float | Sequence[float] = 0.0,
+        repetition_penalty: float | Sequence[float] = 1.0,
+        allowed: Allowed | None = None,
     ) -> str | list[str]:
         """Continue a text, or each of several, until an end-of-text token or `max_len` tokens.
 
@@ -249,13 +255,21 @@ class LanguageModel:
         - `seed`: the same seed gives the same text, on any mesh. Text i uses `seed + i`, or its
             own if a sequence is given.
         - `edits`: changes to make inside, at every token.
+        - `top_k`: draw only from this many most probable tokens; 0 sets no limit.
+        - `min_p`: draw only tokens at least this many times as probable as the most probable one.
+        - `repetition_penalty`: above 1, tokens that the text holds already become less probable.
+        - `allowed`: ids of the only tokens that may be drawn, or a mask [vocab] or [batch, vocab].
+            Leave the end-of-text token out and no text ends before `max_len`.
+
+        `grokkit.sampling` says how the settings work together.
 
         **Returns:** the new text, without the prompt; a list of them for a list of prompts. A
             character that is cut off in the midst of its bytes is left out.
 
         **Raises:** `PromptError` for a setting or prompt that cannot be honoured.
         """
-        texts, _ = self._generate(prompt, max_len, Sampling(temperature, top_p, seed), (), edits)
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
+        texts, _ = self._generate(prompt, max_len, sampling, (), edits)
         return texts[0] if isinstance(prompt, str) else texts
 
     def generate_with_cache(
@@ -267,6 +281,11 @@ class LanguageModel:
         top_p: float | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
+        *,
+        top_k: int | Sequence[int] = 0,
+        min_p: float | Sequence[float] = 0.0,
+        repetition_penalty: float | Sequence[float] = 1.0,
+        allowed: Allowed | None = None,
     ) -> tuple[list[str], ActivationCache]:
         """As `generate`, keeping activations of the prompt and of every new token on the way.
 
@@ -279,9 +298,8 @@ class LanguageModel:
         end earlier than the longest are padded.
         """
         wanted = as_captures(captures, self.config, self.config.context_length)
-        texts, cache = self._generate(
-            prompt, max_len, Sampling(temperature, top_p, seed), wanted, edits
-        )
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
+        texts, cache = self._generate(prompt, max_len, sampling, wanted, edits)
         assert cache is not None
         return texts, cache
 
@@ -335,6 +353,11 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         edits: Sequence[Edit] = (),
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        allowed: Allowed | None = None,
     ) -> Iterator[StreamedToken]:
         """Continue a text token by token; arguments as in `generate`.
 
@@ -345,8 +368,9 @@ class LanguageModel:
         returns for the same arguments.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
         rounds = generate_tokens(
-            self.model, self.mesh, [ids], max_len, Sampling(temperature, top_p, seed), block=1,
+            self.model, self.mesh, [ids], max_len, sampling, block=1,
             edits=self._resolve(edits, [len(ids)]),
         )  # fmt: skip
         return self._stream(ids, rounds)

@@ -16,7 +16,8 @@ from grokkit.model import initialise
 
 PROMPT = "The answer"
 SAMPLE_OPTIONS = [
-    "--prompt", "--max-len", "--temperature", "--top-p", "--seed", "--mesh", "--dtype",
+    "--prompt", "--max-len", "--temperature", "--top-p", "--top-k", "--min-p",
+    "--repetition-penalty", "--allowed", "--seed", "--mesh", "--dtype",
     "--virtual-devices", "--no-progress",
 ]  # fmt: skip
 
@@ -61,8 +62,11 @@ def test_version(capsys):
 
 
 def test_sample_prints_the_prompt_and_what_generate_gives(capsys, checkpoint):
-    settings = {"max_len": 6, "temperature": 0.8, "top_p": 0.9, "seed": 1}
+    settings = {"max_len": 6, "temperature": 0.8, "top_p": 0.9, "seed": 1, "top_k": 40}
+    settings |= {"min_p": 0.01, "repetition_penalty": 1.1}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    settings["allowed"] = list(range(4, 300, 2))
+    options.append(f"--allowed={','.join(map(str, settings['allowed']))}")
     status, out, err = run(capsys, "sample", checkpoint, "--prompt", PROMPT, *options)
     lm = grokkit.load(checkpoint, progress=False)
     assert (status, out) == (0, f"{PROMPT}{lm.generate(PROMPT, **settings)}\n")
@@ -89,6 +93,11 @@ def test_sample_on_a_mesh_without_progress(capsys, checkpoint, monkeypatch):
         (["--temperature=nan"], "temperature must be 0 or more, found nan"),
         (["--top-p=0"], "top_p must be above 0 and at most 1, found 0.0"),
         (["--top-p=1.5"], "top_p must be above 0 and at most 1, found 1.5"),
+        (["--top-k=-1"], "top_k must be an integer, 0 or more, found -1"),
+        (["--min-p=2"], "min_p must be from 0 to 1, found 2.0"),
+        (["--repetition-penalty=0"], "repetition_penalty must be above 0, found 0.0"),
+        (["--allowed=5,999"], "allowed holds token id 999"),
+        (["--allowed=five"], "expected token ids with commas between, as in 5,7,9; found 'five'"),
         (["--seed=-1"], "seed must be an integer from 0 to 2**32 - 1, found -1"),
         (["--max-len=0"], "--max-len must be at least 1, found 0"),
         (["--max-len=1000"], "do not fit in the context of 96"),

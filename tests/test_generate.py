@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 import grokkit
 from grokkit import generate
 from grokkit.errors import PromptError
-from grokkit.generate import Sampling, bucket, generate_tokens, nucleus, pad_right, sample
+from grokkit.generate import bucket, generate_tokens, pad_right
+from grokkit.sampling import Rows, Sampling, nucleus, sample
 
 PROBS = np.array([0.3, 0.02, 0.25, 0.05, 0.15, 0.03, 0.08, 0.12])
 N = 8192
@@ -20,8 +21,8 @@ N = 8192
 
 @jax.jit
 def _sample(logits, temperature, top_p, seed, position):
-    rows = (temperature, top_p, seed, position)
-    return sample(jax.reshard(logits, P("data")), *(jax.reshard(r, P("data")) for r in rows))
+    rows = [jax.reshard(r, P("data")) for r in (temperature, top_p, seed)]
+    return sample(jax.reshard(logits, P("data")), Rows(*rows), jax.reshard(position, P("data")))
 
 
 def draw(logits, temperature=1.0, top_p=1.0, seed=None, position=5, mesh=None):
@@ -345,5 +346,5 @@ def test_the_whole_context_can_be_used(lm8):
 
 
 def test_the_largest_seed_wraps_around(lm8):
-    _, _, seeds = Sampling(seed=2**32 - 1).rows(2)
-    assert seeds.tolist() == [2**32 - 1, 0]
+    rows = Sampling(seed=2**32 - 1).rows(2, 256)
+    assert rows.seed.tolist() == [2**32 - 1, 0]

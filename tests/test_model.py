@@ -18,6 +18,7 @@ from grokkit.errors import ConfigError
 from grokkit.kv_cache import KVCache
 from grokkit.model import Grok, check_mesh, initialise, param_specs, place
 from grokkit.quant import QuantizedArray
+from grokkit.sampling import Rows
 from grokkit.sharding import abstract, is_spec
 from grokkit.taps import Capture
 
@@ -395,7 +396,7 @@ def test_grok_1_takes_long_prompts_in_little_memory(grok_1):
     def of(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, rows))
 
-    settings = (of(jnp.float32, 1), of(jnp.float32, 1), of(jnp.uint32, 1))
+    settings = Rows(of(jnp.float32, 1), of(jnp.float32, 1), of(jnp.uint32, 1))
     tokens, lengths = of(jnp.int32, 1, generate.PREFILL_PART), of(jnp.int32, 1)
     with jax.set_mesh(mesh):
         program = generate._prefill.lower(grok_1, tokens, lengths, cache, settings, (), ())

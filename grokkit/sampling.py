@@ -1,0 +1,266 @@
+"""Drawing the next token from the logits, each sequence by its own settings.
+
+They apply in this order, which is that of Hugging Face's transformers (`generation/utils.py`,
+`_get_logits_processor`):
+
+1. `repetition_penalty`: logits of tokens that the sequence holds are made smaller.
+2. `allowed`: all other tokens are ruled out.
+3. `temperature`: logits are divided by it; 0 takes the largest, and what follows changes nothing.
+4. `top_k`: only the most probable so many remain.
+5. `top_p`: of those, only the most probable that together reach this share.
+6. `min_p`: of those, only tokens with at least this share of the most probable one's probability.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from grokkit.errors import PromptError
+
+N_ALTERNATIVES = 8
+_ROWS = P("data")
+
+Allowed = Sequence[int] | Bool[np.ndarray, "*batch vocab"] | Bool[Array, "*batch vocab"]
+
+
+class Constraints(NamedTuple):
+    """The settings that few sequences use; programs without them are compiled without them."""
+
+    top_k: Int[Array, " batch"]
+    min_p: Float[Array, " batch"]
+    repetition_penalty: Float[Array, " batch"]
+    allowed: Bool[Array, "batch vocab"]
+
+
+class Rows(NamedTuple):
+    """The settings of each sequence of a batch, as arrays."""
+
+    temperature: Float[Array, " batch"]
+    top_p: Float[Array, " batch"]
+    seed: UInt32[Array, " batch"]
+    constraints: Constraints | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampling:
+    """How the next token is drawn; one value for all sequences, or one for each."""
+
+    temperature: float | int | Sequence[float] = 1.0
+    """The logits are divided by it; 0 takes the most probable token."""
+    top_p: float | int | Sequence[float] = 1.0
+    """Draw from the fewest most probable tokens that together reach this probability (nucleus
+    sampling, Holtzman et al., arXiv 1904.09751)."""
+    seed: int | Sequence[int] = 0
+    """The draws of sequence i of a batch come from `seed + i`, or from its own seed. They depend
+    on it and on the token's position only, not on what else is in the batch."""
+    top_k: int | Sequence[int] = 0
+    """Draw from this many most probable tokens (Fan et al., arXiv 1805.04833); 0 sets no limit."""
+    min_p: float | int | Sequence[float] = 0.0
+    """Draw only tokens at least this many times as probable as the most probable one (Nguyen et
+    al., arXiv 2407.01082)."""
+    repetition_penalty: float | int | Sequence[float] = 1.0
+    """Positive logits of tokens that prompt or new text hold are divided by it, negative ones
+    multiplied (Keskar et al., CTRL, arXiv 1909.05858, in Hugging Face's form: CTRL divides
+    negative logits too, which would favour repetition). 1 changes nothing."""
+    allowed: Allowed | None = None
+    """The tokens that may be drawn: their ids, or a mask [vocab], or one for each sequence
+    [batch, vocab]. All by default."""
+
+    def rows(self, n: int, vocab_size: int) -> Rows:
+        """The settings of each of `n` sequences, on the host.
+
+        **Raises:** `PromptError` for a value out of range, or not one for each sequence.
+        """
+        temperature = _each("temperature", self.temperature, n, np.float32)
+        if not (np.isfinite(temperature).all() and (temperature >= 0).all()):
+            raise PromptError(f"temperature must be 0 or more, found {self.temperature}")
+        top_p = _each("top_p", self.top_p, n, np.float32)
+        if not ((top_p > 0) & (top_p <= 1)).all():
+            raise PromptError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        seed = np.asarray(self.seed)
+        if seed.dtype.kind not in "iu" or (seed < 0).any() or (seed >= 2**32).any():
+            raise PromptError(f"seed must be an integer from 0 to 2**32 - 1, found {self.seed}")
+        seeds = (int(seed) + np.arange(n)) % 2**32 if seed.ndim == 0 else seed
+        seeds = _each("seed", seeds, n, np.uint32)
+        return Rows(temperature, top_p, seeds, self._constraints(n, vocab_size))  # type: ignore[arg-type]
+
+    def _constraints(self, n: int, vocab_size: int) -> Constraints | None:
+        """`None` where all are left at what changes nothing."""
+        top_k = np.asarray(self.top_k)
+        if top_k.dtype.kind not in "iu" or (top_k < 0).any():
+            raise PromptError(f"top_k must be an integer, 0 or more, found {self.top_k}")
+        min_p = _each("min_p", self.min_p, n, np.float32)
+        if not ((min_p >= 0) & (min_p <= 1)).all():
+            raise PromptError(f"min_p must be from 0 to 1, found {self.min_p}")
+        penalty = _each("repetition_penalty", self.repetition_penalty, n, np.float32)
+        if not (np.isfinite(penalty).all() and (penalty > 0).all()):
+            raise PromptError(
+                f"repetition_penalty must be above 0, found {self.repetition_penalty}"
+            )
+        top_k = _each("top_k", np.minimum(top_k, vocab_size), n, np.int32)
+        if self.allowed is None and not top_k.any() and not min_p.any() and (penalty == 1).all():
+            return None
+        allowed = _mask(self.allowed, n, vocab_size)
+        return Constraints(top_k, min_p, penalty, allowed)  # type: ignore[arg-type]
+
+
+def _each(name: str, value: Any, n: int, dtype: Any) -> np.ndarray:
+    values = np.asarray(value, dtype)
+    if values.ndim > 1 or values.ndim == 1 and values.shape[0] != n:
+        raise PromptError(f"{name}: expected one value, or one for each of {n} prompts, found "
+                          f"{values.size}")  # fmt: skip
+    return np.broadcast_to(values, (n,))
+
+
+def _mask(allowed: Allowed | None, n: int, vocab_size: int) -> Bool[np.ndarray, "batch vocab"]:
+    """Which tokens each of `n` sequences may draw."""
+    if allowed is None:
+        return np.ones((n, vocab_size), bool)
+    values = np.asarray(allowed)
+    if values.dtype == bool:
+        if values.shape not in ((vocab_size,), (n, vocab_size)):
+            raise PromptError(f"allowed: expected a mask of shape {(vocab_size,)} or "
+                              f"{(n, vocab_size)}, found {values.shape}")  # fmt: skip
+        mask = np.broadcast_to(values, (n, vocab_size))
+    else:
+        if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+            raise PromptError(f"allowed: expected token ids or a mask, found an array of shape "
+                              f"{values.shape} and dtype {values.dtype}")  # fmt: skip
+        outside = values[(values < 0) | (values >= vocab_size)]
+        if outside.size:
+            raise PromptError(f"allowed holds token id {outside[0]}; ids go from 0 to "
+                              f"{vocab_size - 1}")  # fmt: skip
+        mask = np.zeros((n, vocab_size), bool)
+        mask[:, values.astype(np.int64)] = True
+    if not mask.any(axis=1).all():
+        raise PromptError("allowed must leave at least one token to draw, found none")
+    return mask
+
+
+class Draw(eqx.Module):
+    """The tokens drawn at one step, and how probable the model held them to be.
+
+    Probabilities are the model's own: softmax of the logits, before any setting applies.
+    """
+
+    token: Int[Array, " *batch"]
+    prob: Float[Array, " *batch"]
+    top_tokens: Int[Array, "*batch alternative"]
+    """The most probable tokens, best first."""
+    top_probs: Float[Array, "*batch alternative"]
+
+
+def sample(
+    logits: Float[Array, "batch vocab"],
+    rows: Rows,
+    position: Int[Array, " batch"],
+    seen: Bool[Array, "batch vocab"] | None = None,
+) -> Draw:
+    """Draw each sequence's next token.
+
+    **Arguments:**
+
+    - `logits`: of the sequence's last token.
+    - `rows`: see `Sampling`.
+    - `position`: that the new token will have; with the seed it determines the draw.
+    - `seen`: which tokens each sequence holds, where `rows` has constraints; see `mark_seen`.
+    """
+
+    def local(logits, rows, position, seen):
+        greedy = rows.temperature == 0
+        wanted = logits if rows.constraints is None else _constrain(logits, rows.constraints, seen)
+        # Zero at the largest, so that the smallest temperature cannot make that infinite.
+        largest = jnp.max(wanted, axis=-1, keepdims=True)
+        scaled = (wanted - largest) / jnp.where(greedy, 1, rows.temperature)[:, None]
+        noise = jax.vmap(lambda s, p: jax.random.gumbel(
+            jax.random.fold_in(jax.random.key(s), p), logits.shape[1:]
+        ))(rows.seed, position)  # fmt: skip
+        # The largest of logit + Gumbel noise is a draw from the softmax.
+        drawn = jnp.argmax(jnp.where(_kept(scaled, rows), scaled + noise, -jnp.inf), axis=-1)
+        token = jnp.where(greedy, jnp.argmax(wanted, axis=-1), drawn).astype(jnp.int32)
+        probs = jax.nn.softmax(logits, axis=-1)
+        top_probs, top_tokens = jax.lax.top_k(probs, min(N_ALTERNATIVES, probs.shape[1]))
+        prob = jnp.take_along_axis(probs, token[:, None], axis=1)[:, 0]
+        return Draw(token, prob, top_tokens, top_probs)
+
+    return jax.shard_map(local, in_specs=(_ROWS,) * 4, out_specs=_ROWS)(
+        jax.reshard(logits, P("data", None)), rows, position, seen
+    )
+
+
+def _constrain(
+    logits: Float[Array, "batch vocab"], to: Constraints, seen: Bool[Array, "batch vocab"]
+) -> Float[Array, "batch vocab"]:
+    """What repetition costs, and -inf for tokens that are not allowed."""
+    penalty = to.repetition_penalty[:, None]
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(to.allowed, jnp.where(seen, penalised, logits), -jnp.inf)
+
+
+def _kept(scaled: Float[Array, "batch vocab"], rows: Rows) -> Bool[Array, "batch vocab"]:
+    """Which tokens may be drawn, of logits over temperature that are 0 at the largest."""
+    everything = jnp.ones_like(scaled, bool)
+    to, of_top_k = rows.constraints, everything
+    if to is not None:
+        of_top_k = jax.lax.cond(
+            jnp.any(to.top_k > 0), lambda: most_probable(scaled, to.top_k), lambda: everything
+        )
+        scaled = jnp.where(of_top_k, scaled, -jnp.inf)
+    kept = jax.lax.cond(
+        jnp.any(rows.top_p < 1), lambda: nucleus(scaled, rows.top_p), lambda: everything
+    )
+    if to is not None:
+        kept = kept & of_top_k & (jnp.exp(scaled) >= to.min_p[:, None])
+    return kept
+
+
+def nucleus(
+    logits: Float[Array, "batch vocab"], top_p: Float[Array, " batch"]
+) -> Bool[Array, "batch vocab"]:
+    """The fewest most probable tokens whose probabilities together reach `top_p`.
+
+    A token is kept if those more probable than it do not reach `top_p`; so one always is. Of
+    equally probable tokens the lower id counts as the more probable.
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    order = jnp.argsort(-probs, axis=-1, stable=True)
+    ordered = jnp.take_along_axis(probs, order, axis=-1)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    # At top_p = 1 rounding of the sum must not cut a token off.
+    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+
+
+def most_probable(
+    logits: Float[Array, "batch vocab"], top_k: Int[Array, " batch"]
+) -> Bool[Array, "batch vocab"]:
+    """The `top_k` most probable tokens, or all where it is 0; of equal ones the lower ids."""
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    rank = jnp.arange(logits.shape[1])
+    kept = (rank < top_k[:, None]) | (top_k[:, None] == 0)
+    return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+
+
+def mark_seen(
+    seen: Bool[Array, "batch vocab"],
+    tokens: Int[Array, "batch position"],
+    counts: Int[Array, " batch"],
+) -> Bool[Array, "batch vocab"]:
+    """Record the first `counts` of each row's tokens among those that its sequence holds."""
+
+    def local(seen, tokens, counts):
+        real = jnp.arange(tokens.shape[1]) < counts[:, None]
+        tokens = jnp.where(real, tokens, seen.shape[1])  # one too many: dropped
+        row = jnp.arange(seen.shape[0])[:, None]
+        return seen.at[row, tokens].set(True, mode="drop")
+
+    return jax.shard_map(local, in_specs=(_ROWS,) * 3, out_specs=_ROWS)(
+        *jax.reshard((seen, tokens, counts), (P("data", None), P("data", None), _ROWS))
+    )
