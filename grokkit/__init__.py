@@ -1,6 +1,7 @@
 """grokkit: Grok-1 as an Equinox pytree, to sample from, look inside and change."""
 
 from grokkit.activation_cache import ActivationCache
+from grokkit.checkpoint import convert
 from grokkit.config import GROK_1, NANO, GrokConfig
 from grokkit.edits import (
     Add,
@@ -38,6 +39,7 @@ __all__ = [
     "RouterTemperature",
     "Scale",
     "SwapExperts",
+    "convert",
     "load",
     "make_mesh",
     "virtual_devices",

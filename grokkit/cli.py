@@ -1,4 +1,4 @@
-"""The command line: `grokkit sample` and `grokkit inspect`."""
+"""The command line: `grokkit sample`, `inspect` and `convert`."""
 
 import argparse
 import dataclasses
@@ -8,16 +8,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 import grokkit
-from grokkit.checkpoint import Checkpoint, check_finite, open_checkpoint
+from grokkit import cli_checkpoints
+from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, stored_specs
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
 from grokkit.inspect_checkpoint import checkpoint_layout
 from grokkit.language_model import default_mesh
-from grokkit.model import check_mesh
+from grokkit.model import check_mesh, param_specs
 from grokkit.sampling import Sampling
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output has gone.
     """
     options = _parser().parse_args(arguments)
-    return guarded("grokkit", lambda: options.run(options), is_program=arguments is None)
+    alone = arguments is None and not cli_checkpoints.writes_files(options.run)
+    return guarded("grokkit", lambda: options.run(options), is_program=alone)
 
 
 def guarded(name: str, run: Callable[[], None], is_program: bool) -> int:
@@ -178,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     inspect.set_defaults(run=_inspect)
     inspect.add_argument(
-        "checkpoint", metavar="DIR", help="a directory that holds ckpt-0/, or nano"
+        "checkpoint",
+        metavar="DIR",
+        help="a directory that holds ckpt-0/ or safetensors files, or nano",
     )
     inspect.add_argument(
         "--mesh", type=_mesh_shape, default="1,8", metavar="DATA,MODEL",
@@ -187,9 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     inspect.add_argument(
         "--check", action="store_true",
-        help="also read all float values and refuse the checkpoint if one is NaN or infinite",
+        help="also read all float values and refuse the checkpoint if one is NaN or infinite; of a "
+        "conversion, all files, and refuse it if one was altered",
     )  # fmt: skip
     inspect.add_argument("--no-progress", action="store_true", help="no progress bar for --check")
+    cli_checkpoints.add_commands(commands)
     return parser
 
 
@@ -238,7 +245,7 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 
 def _mesh(options: argparse.Namespace, checkpoint: Checkpoint) -> jax.sharding.Mesh:
     if options.mesh is None:
-        return default_mesh(checkpoint.config)
+        return default_mesh(checkpoint.config, _specs(checkpoint))
     data, model = options.mesh
     if data > 1:
         raise ConfigError(
@@ -258,7 +265,7 @@ def _check_request(
     options: argparse.Namespace, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
 ) -> None:
     """Refuse before the weights are loaded, which can take long, what would fail after."""
-    check_mesh(checkpoint.config, mesh)
+    check_mesh(checkpoint.config, mesh, _specs(checkpoint))
     _sampling(options).rows(1, checkpoint.config.vocab_size)
     if options.max_len < 1:
         raise PromptError(f"--max-len must be at least 1, found {options.max_len}")
@@ -277,8 +284,12 @@ def _inspect(options: argparse.Namespace) -> None:
     print(checkpoint_layout(checkpoint, *options.mesh))
     if options.check:
         sys.stdout.flush()
-        check_finite(checkpoint, progress=not options.no_progress)
+        check_content(checkpoint, progress=not options.no_progress)
         print("every float value is finite")
+
+
+def _specs(checkpoint: Checkpoint) -> Any:
+    return stored_specs(checkpoint, param_specs(checkpoint.config))
 
 
 def _open(source: str) -> Checkpoint:

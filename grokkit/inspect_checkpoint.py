@@ -4,8 +4,9 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 
-from grokkit.checkpoint import ArraySpan, Checkpoint
+from grokkit.checkpoint import ArraySpan, Checkpoint, stored_specs
 from grokkit.errors import ConfigError
 from grokkit.model import param_specs
 from grokkit.sharding import ParamSpec, is_spec
@@ -56,8 +57,8 @@ class Layout:
         tokenizer = self.checkpoint.tokenizer_file
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh_shape.items())
         head = (
-            f"{self.checkpoint.directory}: {len(self.checkpoint)} tensor files of "
-            f"{self.checkpoint.nbytes:,} B, {'a' if tokenizer else 'no'} tokenizer.model\n"
+            f"{self.checkpoint.directory}: {self.checkpoint.describe('tensor')}, "
+            f"{'a' if tokenizer else 'no'} tokenizer.model\n"
             f"{c.n_params:,} parameters: {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} "
             f"heads of {c.d_head} ({c.n_kv_heads} key/value), {c.n_experts} experts of {c.d_ff}, "
             f"{c.n_experts_per_token} a token; vocab {c.vocab_size}, context {c.context_length}\n"
@@ -102,23 +103,27 @@ def checkpoint_layout(checkpoint: Checkpoint, data: int, model: int) -> Layout:
             f"choose a mesh whose 'model' axis divides {config.n_kv_heads}"
         )
     mesh_shape = {"data": data, "model": model}
-    leaves = jax.tree_util.tree_leaves_with_path(param_specs(config), is_leaf=is_spec)
+    stored = stored_specs(checkpoint, param_specs(config))
+    leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=is_spec)
     specs = {jax.tree_util.keystr(p, simple=True, separator="."): s for p, s in leaves}
     rows = []
     for entry in checkpoint:
         key, file = entry.key, entry.file
         stacked = key.layer is not None
         if file.scales is None:
-            rows.append(_row(key.name, file.weight, specs[key.path], stacked, mesh_shape))
+            spec = specs[key.path]
+            spec = _turned(spec) if file.k_last else spec
+            rows.append(_row(key.name, file.weight, spec, stacked, mesh_shape))
             continue
         weight, scales = specs[f"{key.path}.weight"], specs[f"{key.path}.scales"]
-        rows.append(_row(key.name, file.weight, _as_in_file(weight), stacked, mesh_shape))
+        weight = weight if file.k_last else _turned(weight)
+        rows.append(_row(key.name, file.weight, weight, stacked, mesh_shape))
         rows.append(_row(f"{key.name}.scales", file.scales, scales, stacked, mesh_shape))
     return Layout(checkpoint, mesh_shape, tuple(rows))
 
 
-def _as_in_file(spec: ParamSpec) -> ParamSpec:
-    """A matrix that the model holds as [n, k], as [k, n]."""
+def _turned(spec: ParamSpec) -> ParamSpec:
+    """A matrix that the model holds as [n, k] as [k, n], and the other way round."""
 
     def turn(pair: tuple) -> tuple:
         return (*pair[:-2], pair[-1], pair[-2])
@@ -143,7 +148,8 @@ def _row(
         local.append(size // parts)
         if parts > 1:
             cut.append(f"{axis.removesuffix('_split')} cut in {parts}")
-    local_nbytes = math.prod(local) * span.dtype.itemsize
+    # As the model holds it: 4-bit weights are unpacked, a port's norms widened.
+    local_nbytes = math.prod(local) * np.dtype(spec.dtype).itemsize
     dtype = span.dtype.name
     return TensorRow(
         name, span.shape, dtype, span.nbytes, ", ".join(cut), tuple(local), local_nbytes

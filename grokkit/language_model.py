@@ -16,7 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from grokkit import compilation_cache
 from grokkit.activation_cache import ActivationCache
-from grokkit.checkpoint import check_finite, load_params, open_checkpoint
+from grokkit.checkpoint import (
+    check_content,
+    load_params,
+    open_checkpoint,
+    stored_specs,
+)
 from grokkit.config import GrokConfig
 from grokkit.edits import Edit, resolve
 from grokkit.errors import CheckpointError, ConfigError, PromptError, TokenizerError
@@ -393,13 +398,19 @@ class LanguageModel:
         return "".join(decoder.push(token) for token in new)
 
 
-def default_mesh(config: GrokConfig) -> Mesh:
-    """All local devices on the model axis, or as many of them as divide the model's shapes."""
+def default_mesh(config: GrokConfig, specs: Any = None) -> Mesh:
+    """All local devices on the model axis, or as many of them as divide the model's shapes.
+
+    **Arguments:**
+
+    - `config`: the model's sizes.
+    - `specs`: the parameters' declarations, if they are not those of `param_specs`.
+    """
     devices = jax.local_devices()
     for n in range(len(devices), 0, -1):
         mesh = make_mesh(1, n, devices)
         try:
-            check_mesh(config, mesh)
+            check_mesh(config, mesh, specs)
         except ConfigError:
             continue
         return mesh
@@ -413,19 +424,21 @@ def load(
     progress: bool = True,
     check: bool = False,
 ) -> LanguageModel:
-    """Load a model from a checkpoint in the official layout.
+    """Load a model from a checkpoint.
 
     **Arguments:**
 
     - `source`: a directory that holds `ckpt-0/`, and optionally `config.json` and
-        `tokenizer.model`; or the name of a shipped model, `"nano"`. A directory called `nano` is
-        loaded as `"./nano"`.
+        `tokenizer.model`, or the safetensors files of `grokkit convert` or of a Hugging Face port;
+        or the name of a shipped model, `"nano"`. A directory called `nano` is loaded as
+        `"./nano"`.
     - `mesh`: over which devices; by default all local ones on the model axis, as many as divide
         the model's shapes.
     - `dtype`: what matrix products round to, `"float32"` or `"bfloat16"`; by default float32 on
         a CPU and bfloat16 elsewhere.
     - `progress`: show a progress bar, in bytes.
-    - `check`: read all float values first and refuse NaN or infinite ones.
+    - `check`: read all float values first and refuse NaN or infinite ones; of a conversion, all
+        files, and refuse altered ones.
 
     **Returns:** a `LanguageModel`.
 
@@ -434,8 +447,9 @@ def load(
     directory = shipped(source) if isinstance(source, str) else None
     checkpoint = open_checkpoint(Path(source) if directory is None else directory)
     config = checkpoint.config
-    mesh = default_mesh(config) if mesh is None else mesh
-    check_mesh(config, mesh)
+    specs = stored_specs(checkpoint, param_specs(config))
+    mesh = default_mesh(config, specs) if mesh is None else mesh
+    check_mesh(config, mesh, specs)
     if dtype is None:
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -444,7 +458,8 @@ def load(
     if checkpoint.tokenizer_file is not None:
         tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, config.vocab_size)
     if check:
-        check_finite(checkpoint)
+        check_content(checkpoint, progress)
     compilation_cache.enable()
-    model = load_params(checkpoint, param_specs(config, dtype), mesh, progress=progress)
+    specs = stored_specs(checkpoint, param_specs(config, dtype))
+    model = load_params(checkpoint, specs, mesh, progress=progress)
     return LanguageModel(model, mesh, tokenizer, str(source))

@@ -256,8 +256,16 @@ def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:
     )
 
 
-def check_mesh(config: GrokConfig, mesh: Mesh) -> None:
-    """**Raises:** `ConfigError` if a parameter or head of the model does not divide over `mesh`."""
+def check_mesh(config: GrokConfig, mesh: Mesh, specs: PyTree | None = None) -> None:
+    """Check that a model can lie on a mesh.
+
+    **Arguments:**
+
+    - `config`, `mesh`: the model's sizes, and the devices.
+    - `specs`: the parameters' declarations, if they are not those of `param_specs`.
+
+    **Raises:** `ConfigError` if a parameter or head of the model does not divide over `mesh`.
+    """
     for axis in ("data", "model"):
         if axis not in mesh.shape:
             raise ConfigError(
@@ -270,7 +278,7 @@ def check_mesh(config: GrokConfig, mesh: Mesh) -> None:
             f"{mesh.shape['model']} 'model' devices; choose a mesh whose 'model' axis divides "
             f"{config.n_kv_heads}"
         )
-    shardings(param_specs(config), mesh)
+    shardings(param_specs(config) if specs is None else specs, mesh)
 
 
 def initialise(config: GrokConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Grok:

@@ -6,10 +6,11 @@ import math
 import numpy as np
 from tqdm.auto import tqdm
 
+from grokkit.checkpoint.manifest import check_digests, read_manifest
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import INT8
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.tensor_file import ArraySpan
+from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
 
 _CHUNK = 1 << 22  # entries looked at together: a few tens of megabytes with the temporaries
 
@@ -28,7 +29,7 @@ class NonFinite:
 
     def __str__(self) -> str:
         return (
-            f"{self.entry.key.file_name} ({self.entry.key.name}): {self.count:,} in its "
+            f"{self.entry.file.path.name} ({self.entry.key.name}): {self.count:,} in its "
             f"{self.what}, the first at {list(self.first)}"
         )
 
@@ -55,13 +56,27 @@ def check_finite(checkpoint: Checkpoint, progress: bool = True) -> None:
         )
 
 
+def check_content(checkpoint: Checkpoint, progress: bool = True) -> None:
+    """Read a checkpoint's files and refuse altered ones, and values that are not finite.
+
+    **Arguments:** as for `check_finite`. What has a manifest, as conversions have, is compared with
+    the digests in it.
+
+    **Raises:** `CheckpointError` that names the files or arrays.
+    """
+    records = read_manifest(checkpoint.directory)
+    if records:
+        check_digests(checkpoint.directory, records, progress)
+    check_finite(checkpoint, progress)
+
+
 def find_non_finite(checkpoint: Checkpoint, progress: bool = True) -> list[NonFinite]:
     """The arrays with NaN or infinite entries; arguments as for `check_finite`."""
     jobs = [
         (entry, what, span)
         for entry in checkpoint
         for what, span in (("weight", entry.file.weight), ("scales", entry.file.scales))
-        if span is not None and span.dtype != INT8
+        if span is not None and span.dtype not in (INT8, INT4)
     ]
     found = []
     with tqdm(
@@ -82,7 +97,20 @@ def find_non_finite(checkpoint: Checkpoint, progress: bool = True) -> list[NonFi
 
 def _count(entry: Entry, span: ArraySpan) -> tuple[int, int]:
     """How many entries are not finite, and the flat index of the first."""
-    flat = entry.file.open(dataclasses.replace(span, shape=(math.prod(span.shape),)))
+    file = entry.file
+    if isinstance(file, StackedTensors):
+        count, first = 0, -1
+        for i, part in enumerate(file.parts):
+            more, place = _count_in(part, part.weight)
+            if more and first < 0:
+                first = i * math.prod(part.weight.shape) + place
+            count += more
+        return count, first
+    return _count_in(file, span)
+
+
+def _count_in(file: TensorFile, span: ArraySpan) -> tuple[int, int]:
+    flat: np.ndarray = file.open(dataclasses.replace(span, shape=(math.prod(span.shape),)))  # type: ignore[assignment]
     count, first = 0, -1
     for start in range(0, len(flat), _CHUNK):
         bad = ~np.isfinite(flat[start : start + _CHUNK])

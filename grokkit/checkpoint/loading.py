@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
+from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
 from grokkit.errors import ConfigError
+from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec, is_spec
 
 _ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
@@ -55,15 +56,54 @@ def load_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh, progress: boo
         return jax.tree.unflatten(treedef, [_load(plan, bar) for plan in plans])
 
 
+def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
+    """Declare a model's matrices as a checkpoint stores them.
+
+    **Arguments:**
+
+    - `checkpoint`: from `open_checkpoint`.
+    - `specs`: a tree of declarations of 8-bit matrices, as from `grokkit.model.param_specs`.
+
+    **Returns:** the same tree, with floats in place of the matrices that the checkpoint has as
+    floats, and with as many scale groups as the checkpoint has.
+    """
+    stored = {entry.key.path: entry.file for entry in checkpoint}
+
+    def declare(path: Any, spec: Any) -> Any:
+        if not isinstance(spec, QuantizedArray):
+            return spec
+        file = stored.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        if file is None:
+            return spec
+        weight: Any = spec.weight
+        scales: Any = spec.scales
+        if file.scales is None:
+            *axes, n, k = weight.axes
+            return ParamSpec(spec.shape, file.weight.dtype, (*axes, k, n), weight.init_scale)
+        *lead, _, n = scales.shape
+        shape = (*lead, file.scales.shape[-2], n)
+        return QuantizedArray(weight, dataclasses.replace(scales, shape=shape))
+
+    return jax.tree_util.tree_map_with_path(
+        declare, specs, is_leaf=lambda x: isinstance(x, QuantizedArray | ParamSpec)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """One array of a file, and its place on the leaf's layer axis if there is one."""
 
-    file: TensorFile
+    file: TensorFile | StackedTensors
     span: ArraySpan
     layer: int | None
     turned: bool
-    """Whether the leaf holds it with its last two axes exchanged, as 8-bit matrices are."""
+    """Whether the leaf holds it with its last two axes exchanged, as 8-bit matrices of the official
+    layout are."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What its entries are when they have been read: 4-bit ones are unpacked."""
+        return np.dtype(np.int8) if self.span.dtype == INT4 else self.span.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,9 +113,9 @@ class _Source:
         *lead, k, n = self.span.shape
         return (*lead, n, k)
 
-    def open(self) -> np.ndarray:
-        """The file's array, mapped into memory, in the leaf's order of axes."""
-        whole = self.file.open(self.span)
+    def open(self) -> Any:
+        """The file's array, to be sliced, in the leaf's order of axes."""
+        whole: Any = self.file.open(self.span)
         return whole.swapaxes(-1, -2) if self.turned else whole
 
 
@@ -115,9 +155,9 @@ def _sources(entry: Entry) -> Iterable[tuple[str, _Source]]:
     """Each array of a file, with its leaf's path."""
     key, file = entry.key, entry.file
     if file.scales is None:
-        return [(key.path, _Source(file, file.weight, key.layer, turned=False))]
+        return [(key.path, _Source(file, file.weight, key.layer, turned=file.k_last))]
     return [
-        (f"{key.path}.weight", _Source(file, file.weight, key.layer, turned=True)),
+        (f"{key.path}.weight", _Source(file, file.weight, key.layer, turned=not file.k_last)),
         (f"{key.path}.scales", _Source(file, file.scales, key.layer, turned=False)),
     ]
 
@@ -144,12 +184,16 @@ def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[
         shape = first.shape
     else:
         shape = (len(parts), *first.shape)
-    if spec.shape != shape or np.dtype(spec.dtype) != first.span.dtype:
+    # Ports keep embedding, norms and router in fewer bits than the model does: nothing is lost.
+    same = np.dtype(spec.dtype) == first.dtype or (
+        np.dtype(spec.dtype) == np.float32 and first.dtype in (jnp.bfloat16, np.float16)
+    )
+    if spec.shape != shape or not same:
         raise refusal(
             checkpoint.directory,
             f"{np.dtype(spec.dtype).name} of shape {spec.shape} for {path}",
-            f"{first.span.dtype.name} of shape {shape}",
-            "pass grokkit.model.param_specs(checkpoint.config)",
+            f"{first.dtype.name} of shape {shape}",
+            "pass stored_specs(checkpoint, grokkit.model.param_specs(checkpoint.config))",
         )
 
 
@@ -163,14 +207,21 @@ def _load(plan: _Plan, bar: Any) -> Array:
         for device, index in places.items():
             assert index is not None
             if source.layer is None:
-                parts[device].write(..., whole[index])
+                parts[device].write(..., _read(whole, index, plan.dtype))
                 continue
             layers = range(plan.shape[0])[index[0]]
             if source.layer in layers:
-                parts[device].write(source.layer - layers.start, whole[index[1:]])
+                place = source.layer - layers.start
+                parts[device].write(place, _read(whole, index[1:], plan.dtype))
         bar.update(source.span.nbytes)
     arrays = [part.finish() for part in parts.values()]
     return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
+
+
+def _read(whole: Any, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """One device's slice, in the leaf's dtype."""
+    values = whole[index]
+    return values if values.dtype == dtype else values.astype(dtype)
 
 
 class HostPart:

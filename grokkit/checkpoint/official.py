@@ -9,7 +9,7 @@ from pathlib import Path
 from grokkit.checkpoint.names import TensorKey, n_files, tensor_keys
 from grokkit.checkpoint.pickle_objects import BFLOAT16
 from grokkit.checkpoint.refusal import DOWNLOAD_COMMAND, refusal
-from grokkit.checkpoint.tensor_file import TensorFile, read_tensor
+from grokkit.checkpoint.tensor_file import StackedTensors, TensorFile, read_tensor
 from grokkit.config import GROK_1, GrokConfig
 
 FOLDER = "ckpt-0"
@@ -26,11 +26,12 @@ class Entry:
     """One tensor of a checkpoint: what it is (`key`) and where its bytes are (`file`)."""
 
     key: TensorKey
-    file: TensorFile
+    file: TensorFile | StackedTensors
 
     def __str__(self) -> str:
         layer = "" if self.key.layer is None else f" layer {self.key.layer}"
-        return f"{self.key.file_name}  {self.key.path}{layer}  {self.file}  {self.file.size:,} B"
+        name = self.file.path.name
+        return f"{name}  {self.key.path}{layer}  {self.file}  {self.file.size:,} B"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -38,15 +39,22 @@ class Checkpoint:
     """A checkpoint whose files are all there and all of the right shape. Iterates over entries."""
 
     directory: Path
-    """The directory that holds `ckpt-0/`."""
+    """The directory that holds `ckpt-0/`, or the safetensors files."""
     config: GrokConfig
     entries: tuple[Entry, ...]
-    """In the order of the files."""
+    """In the order of the official files."""
+    layout: str = "official"
+    """Or `"safetensors"`, grokkit's own, or `"hugging face"`, a port's."""
+
+    @property
+    def files(self) -> dict[Path, int]:
+        """Every tensor file, with its size in bytes."""
+        return {path: n for entry in self.entries for path, n in entry.file.files.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes in all tensor files together."""
-        return sum(entry.file.size for entry in self.entries)
+        return sum(self.files.values())
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -67,11 +75,18 @@ class Checkpoint:
                 return entry
         raise KeyError(f"{name!r}; this checkpoint has {self.entries[0].key.name!r} and others")
 
+    def describe(self, official: str = "") -> str:
+        """How many files of which layout, and their bytes; `official` names official files."""
+        kind = {"safetensors": "safetensors", "hugging face": "Hugging Face"}
+        words = [str(len(self.files)), kind.get(self.layout, official)]
+        words.append("file" if len(self.files) == 1 else "files")
+        return f"{' '.join(filter(None, words))}, {self.nbytes:,} bytes"
+
     def __repr__(self) -> str:
         c = self.config
         lines = [
             f"Checkpoint({str(self.directory)!r})",
-            f"  {len(self)} files, {self.nbytes:,} bytes, {c.n_params:,} parameters",
+            f"  {self.describe()}, {c.n_params:,} parameters",
             (
                 f"  {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads of {c.d_head} "
                 f"({c.n_kv_heads} key/value), {c.n_experts} experts of {c.d_ff}, vocab {c.vocab_size}"
@@ -87,10 +102,10 @@ class Checkpoint:
         return "\n".join(lines)
 
 
-def open_checkpoint(
+def open_official(
     directory: str | os.PathLike[str], config: GrokConfig | None = None
 ) -> Checkpoint:
-    """Find a checkpoint, read all its headers and check them. No weight is read.
+    """Find an official checkpoint, read all its headers and check them. No weight is read.
 
     **Arguments:**
 
@@ -136,8 +151,11 @@ def _find(directory: Path) -> Path:
     inside = [name for name in content if (directory / name / FOLDER).is_dir()]
     if inside:
         remedy = f"give {directory / inside[0]} instead"
-    elif any(name.endswith((".safetensors", ".gguf", ".pt", ".bin")) for name in content):
-        remedy = "this looks like a conversion; the original release (xai-org/grok-1) is needed"
+    elif any(name.endswith((".gguf", ".pt", ".bin")) for name in content):
+        remedy = (
+            "this looks like a conversion; the original release (xai-org/grok-1) is needed, or "
+            "safetensors files"
+        )
     else:
         remedy = _DOWNLOAD
     shown = ", ".join(content[:5]) + (", ..." if len(content) > 5 else "")

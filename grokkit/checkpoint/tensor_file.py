@@ -1,4 +1,4 @@
-"""One official tensor file: its description, and its payload as a memory map."""
+"""Where a checkpoint's arrays are, and their bytes as memory maps; one official tensor file."""
 
 import dataclasses
 import math
@@ -6,12 +6,15 @@ import os
 import stat
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
 
+from grokkit.checkpoint.lazy import Stack, Unpacked
 from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
 from grokkit.checkpoint.pickle_walk import walk
 from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, refusal
+
+INT4 = np.dtype(ml_dtypes.int4)
 
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
@@ -21,6 +24,7 @@ class ArraySpan:
     """Where an array's bytes lie in a file: C order, little-endian, no padding."""
 
     dtype: np.dtype
+    """Of the entries. 4-bit ones are packed in pairs along the last axis: see `lazy.pack`."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the file."""
@@ -28,7 +32,8 @@ class ArraySpan:
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        entries = math.prod(self.shape)
+        return entries // 2 if self.dtype == INT4 else entries * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
@@ -36,35 +41,46 @@ class ArraySpan:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """What one tensor file holds, read from its header alone."""
+    """One tensor in a file, known from the header alone."""
 
     path: Path
     size: int
-    """Bytes in the file."""
+    """Bytes in the whole file, which may hold other tensors too."""
     weight: ArraySpan
-    """The array itself, or the int8 matrix of a quantised weight."""
+    """The array itself, or the integers of a quantised weight."""
     scales: ArraySpan | None = None
     """The scales of a quantised weight: [..., group, N]; `None` for a plain array."""
+    k_last: bool = False
+    """Whether a matrix lies as [..., N, K], with the contracting axis last."""
 
     @property
     def spans(self) -> tuple[ArraySpan, ...]:
-        """The arrays in the file: one, or weight and scales."""
+        """The tensor's arrays: one, or weight and scales."""
         return (self.weight,) if self.scales is None else (self.weight, self.scales)
+
+    @property
+    def files(self) -> dict[Path, int]:
+        """Each file that holds a part of the tensor, with its size in bytes."""
+        return {self.path: self.size}
 
     def __str__(self) -> str:
         return " * ".join(map(str, self.spans))
 
-    def open(self, span: ArraySpan) -> Shaped[np.ndarray, "..."]:
+    def open(self, span: ArraySpan) -> np.ndarray | Unpacked:
         """One of `spans` as a read-only memory map; pages are read when they are touched.
+
+        4-bit integers are unpacked where they are sliced.
 
         **Raises:** `CheckpointError` if the file is gone or has changed since its header was read.
         """
         try:
             size = os.stat(self.path).st_size
             if size == self.size:
-                return np.memmap(
-                    self.path, dtype=span.dtype, mode="r", offset=span.offset, shape=span.shape
-                )
+                packed = span.dtype == INT4
+                shape = (*span.shape[:-1], span.shape[-1] // 2) if packed else span.shape
+                dtype = np.dtype(np.uint8) if packed else span.dtype
+                found = np.memmap(self.path, dtype=dtype, mode="r", offset=span.offset, shape=shape)
+                return Unpacked(found) if packed else found
             found = f"{size:,} bytes"
         except (OSError, ValueError) as e:
             found = str(e)
@@ -74,6 +90,54 @@ class TensorFile:
             found,
             "leave the checkpoint's files alone while it is in use; open it again",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedTensors:
+    """One tensor that is stored in parts: a matrix for each expert, say. See `TensorFile`."""
+
+    parts: tuple[TensorFile, ...]
+
+    scales = None
+
+    @property
+    def path(self) -> Path:
+        """The file of the first part."""
+        return self.parts[0].path
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file of the first part."""
+        return self.parts[0].size
+
+    @property
+    def files(self) -> dict[Path, int]:
+        """Each file that holds a part, with its size in bytes."""
+        return {part.path: part.size for part in self.parts}
+
+    @property
+    def weight(self) -> ArraySpan:
+        """The whole array. Its offset is that of the first part."""
+        first = self.parts[0].weight
+        return dataclasses.replace(first, shape=(len(self.parts), *first.shape))
+
+    @property
+    def spans(self) -> tuple[ArraySpan, ...]:
+        """The tensor's one array."""
+        return (self.weight,)
+
+    @property
+    def k_last(self) -> bool:
+        """Whether each part lies as [N, K]."""
+        return self.parts[0].k_last
+
+    def __str__(self) -> str:
+        return str(self.weight)
+
+    def open(self, span: ArraySpan) -> Stack:
+        """The whole array, as something to slice; the parts' files are mapped into memory."""
+        assert span.shape == self.weight.shape
+        return Stack([part.open(part.weight) for part in self.parts])
 
 
 def read_tensor(path: str | os.PathLike[str]) -> TensorFile:

@@ -164,7 +164,7 @@ def test_specs_of_another_model(checkpoint, no_allocation):
         f"{checkpoint.directory}\n"
         "  expected: int8 of shape (12, 8, 96, 64) for blocks.moe.gate.weight\n"
         "  found: int8 of shape (12, 8, 88, 64)\n"
-        "  what to do: pass grokkit.model.param_specs(checkpoint.config)"
+        "  what to do: pass stored_specs(checkpoint, grokkit.model.param_specs(checkpoint.config))"
     )
     fewer = dataclasses.replace(checkpoint.config, n_layers=11)
     with pytest.raises(CheckpointError, match=r"shape \(11, .*\n  found: .*shape \(12, "):

@@ -114,8 +114,8 @@ def test_not_a_checkpoint(tmp_path, copy):
     refused(copy / "config.json", "found: a file")
     converted = tmp_path / "converted"
     converted.mkdir()
-    (converted / "model-00001.safetensors").write_bytes(b"")
-    refused(converted, "model-00001.safetensors", "this looks like a conversion")
+    (converted / "grok-1.gguf").write_bytes(b"")
+    refused(converted, "grok-1.gguf", "this looks like a conversion")
 
 
 def test_no_config_and_not_770_files(copy):

@@ -1,0 +1,163 @@
+"""The list of a conversion's files, with the size and SHA-256 of each.
+
+It is written when every file is complete, and is what tells a finished conversion from one that
+was cut off.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from grokkit.checkpoint.refusal import refusal
+
+MANIFEST = "manifest.json"
+FORMAT = "grokkit"
+VERSION = 1
+
+_CHUNK = 1 << 24
+_AGAIN = "convert or download the checkpoint again"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of its content, in hexadecimal."""
+
+
+def write_manifest(directory: Path, layout: str, files: dict[str, FileRecord]) -> None:
+    """Write a directory's manifest, at once or not at all.
+
+    **Arguments:**
+
+    - `directory`: what the files' names are relative to.
+    - `layout`: `"official"` or `"safetensors"`.
+    - `files`: each file's record, by its name.
+    """
+    write_json(
+        directory / MANIFEST,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "layout": layout,
+            "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
+        },
+    )
+
+
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """The records of a directory's files; none if it has no manifest.
+
+    **Raises:** `CheckpointError` for a manifest that is not one of grokkit's.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if values.get("format") != FORMAT or values.get("version") != VERSION:
+        raise refusal(
+            path,
+            f"a manifest of grokkit's, version {VERSION}",
+            f"format {values.get('format')!r:.50}, version {values.get('version')!r:.50}",
+            "use the grokkit that wrote it, or move the file away if it is another program's",
+        )
+    return records(path, values.get("files"))
+
+
+def records(path: Path, values: Any) -> dict[str, FileRecord]:
+    """Files' records as JSON holds them. **Raises:** `CheckpointError` for anything else."""
+    found = {}
+    for name, note in values.items() if isinstance(values, dict) else [("files", values)]:
+        size, digest = (note.get("size"), note.get("sha256")) if isinstance(note, dict) else (0, 0)
+        if not (isinstance(size, int) and isinstance(digest, str) and len(digest) == 64):
+            raise refusal(path, "a size and a sha256 for each file", f"{note!r:.100}", _AGAIN)
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise refusal(path, "files below its own directory", f"{name!r:.100}", _AGAIN)
+        found[name] = FileRecord(size, digest)
+    return found
+
+
+def check_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
+    """**Raises:** `CheckpointError` for a file that is missing or of another size."""
+    for name, record in files.items():
+        path = directory / name
+        size = os.stat(path).st_size if path.is_file() else None
+        if size != record.size:
+            raise refusal(
+                path,
+                f"a file of {record.size:,} bytes, as {MANIFEST} says",
+                "none" if size is None else f"{size:,} bytes",
+                _AGAIN,
+            )
+
+
+def check_digests(
+    directory: Path, files: dict[str, FileRecord], progress: bool = True, what: str = "checking"
+) -> None:
+    """Read every file and compare its SHA-256.
+
+    **Arguments:**
+
+    - `directory`, `files`: as `read_manifest` has them.
+    - `progress`: show a progress bar, in bytes.
+    - `what`: what the bar begins with.
+
+    **Raises:** `CheckpointError` for a file that is missing, of another size, or altered.
+    """
+    check_sizes(directory, files)
+    with tqdm(
+        total=sum(record.size for record in files.values()),
+        unit="B",
+        unit_scale=True,
+        desc=f"{what} {directory.name}",
+        disable=not progress,
+    ) as bar:
+        for name, record in files.items():
+            found = sha256(directory / name, bar)
+            if found != record.sha256:
+                raise refusal(
+                    directory / name,
+                    f"the content that was written: sha256 {record.sha256[:16]}...",
+                    f"altered content: sha256 {found[:16]}...",
+                    _AGAIN,
+                )
+
+
+def sha256(path: Path, bar: Any = None) -> str:
+    """SHA-256 of a file, in hexadecimal; `bar` is told the bytes as they are read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if bar is not None:
+                bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. **Raises:** `CheckpointError` for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise refusal(path, "a readable JSON file", str(e), _AGAIN) from None
+    if not isinstance(values, dict):
+        raise refusal(path, "a JSON object", f"a {type(values).__name__}", _AGAIN)
+    return values
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, to a temporary name first."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,82 @@
+"""The commands that write checkpoints: `grokkit convert`."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from grokkit.checkpoint import convert
+from grokkit.checkpoint.converting import DTYPES, LAYOUTS
+from grokkit.checkpoint.plan_files import SHARD_BYTES
+from grokkit.zoo import shipped
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to argparse's subparsers."""
+    convert = commands.add_parser(
+        "convert", help="write a checkpoint in another layout or precision",
+        description="Write a checkpoint in another layout or precision. What was cut off leaves "
+        "nothing that loads; the same command then goes on where it stopped.",
+    )  # fmt: skip
+    convert.set_defaults(run=_convert)
+    convert.add_argument(
+        "source", metavar="SRC",
+        help="a directory that holds ckpt-0/ or safetensors files, or nano",
+    )  # fmt: skip
+    convert.add_argument("target", metavar="DST", help="a new directory")
+    convert.add_argument(
+        "--to", choices=LAYOUTS, default=None,
+        help="the layout of the original release, or grokkit's own (default: safetensors; official "
+        "of grokkit's own in 8 bits)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--dtype", choices=DTYPES, default=None,
+        help="what matrices become: floats, with their scales multiplied in, or 8 bits (default: "
+        "as they are)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--experts", choices=("int4",), default=None,
+        help="round the experts' matrices to 4 bits (default: as --dtype says)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--group-size", type=int, default=32, metavar="N",
+        help="rows that share a scale in 4 bits (default: %(default)s)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--shard-bytes", type=_size, default=SHARD_BYTES, metavar="N",
+        help="most bytes of a safetensors file (default: %(default)s)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--verify", action="store_true",
+        help="read everything again and compare every tensor; of a finished conversion, only that",
+    )  # fmt: skip
+    convert.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def writes_files(run: Callable[..., None]) -> bool:
+    """Whether a command writes files, and so must tidy up after Ctrl-C."""
+    return run is _convert
+
+
+def _size(text: str) -> int:
+    size = int(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {size}")
+    return size
+
+
+def _convert(options: argparse.Namespace) -> None:
+    source = shipped(options.source) or options.source
+    checkpoint = convert(
+        source,
+        options.target,
+        to=options.to,
+        dtype=options.dtype,
+        experts=options.experts,
+        group_size=options.group_size,
+        shard_bytes=options.shard_bytes,
+        verify=options.verify,
+        progress=not options.no_progress,
+    )
+    print(f"{checkpoint.directory}: {checkpoint.describe('official')}")
+    if options.verify:
+        print("every tensor is as in the source")
