@@ -1,5 +1,6 @@
 """Which files a conversion writes, piece by piece, before any of them is there."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 
@@ -126,12 +127,15 @@ def plan_files(
     # In the order of use: a pass through the model reads the files from the first to the last.
     entries = sorted(checkpoint, key=lambda e: (_place(e.key), e.key.index))
     sizes = {e.key.index: _nbytes(e.key, storages[e.key.path]) for e in entries}
+    layers = collections.Counter[int]()
+    for entry in entries:
+        layers[_place(entry.key)] += sizes[entry.key.index]
     shards: list[list[Conversion]] = [[]]
     room, place = shard_bytes, None
     for entry in entries:
         key, storage = entry.key, storages[entry.key.path]
         # A layer that fits in one file is not spread over two.
-        together = sum(sizes[e.key.index] for e in entries if _place(e.key) == _place(key))
+        together = layers[_place(key)]
         begins = _place(key) != place and together <= shard_bytes
         if shards[-1] and (together if begins else sizes[key.index]) > room:
             shards.append([])

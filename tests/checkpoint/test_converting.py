@@ -20,7 +20,7 @@ from grokkit.checkpoint import check_content, convert, converting, matrices, ope
 from grokkit.errors import CheckpointError, ConfigError, GrokkitError
 from grokkit.quant import QuantizedArray, quantize
 
-SHARDS = 300_000  # bytes: eight files
+SHARDS = 300_000  # bytes: twelve files
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_a_full_disk_and_ctrl_c(golden, converted, error, tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match="it goes on where it stopped"):
         open_checkpoint(tmp_path / "x.partial")
     there = left(tmp_path / "x.partial")
-    assert there[0] == "conversion.json" and len(there) == 4
+    assert there[0] == "conversion.json" and len(there) == 6
     before = {name: (tmp_path / "x.partial" / name).stat().st_mtime_ns for name in there[1:]}
     convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
     assert same(tmp_path / "x", converted)
@@ -416,11 +416,11 @@ def test_the_command(golden, tmp_path, capsys, tiny_tokenizer_file):
                  f"--shard-bytes={SHARDS}"]  # fmt: skip
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{target}: 8 safetensors files, ")
+    assert printed.out.startswith(f"{target}: 12 safetensors files, ")
     assert "every tensor is as in the source" in printed.out and printed.err == ""
     assert open_checkpoint(target).tokenizer_file == target / "tokenizer.model"
     assert cli.main(arguments[:3]) == cli.BAD_INPUT
     assert "choose another name" in capsys.readouterr().err
     assert cli.main(["inspect", str(target), "--check", "--no-progress"]) == 0
     out = capsys.readouterr().out
-    assert "8 safetensors files, " in out and "transformer/decoder_layer_3/router/w" in out
+    assert "12 safetensors files, " in out and "transformer/decoder_layer_3/router/w" in out

@@ -41,7 +41,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def converted(golden, tmp_path_factory):
     """The golden checkpoint as safetensors, a few layers a file."""
     target = tmp_path_factory.mktemp("converted") / "tiny"
-    convert(golden, target, shard_bytes=500_000, progress=False)
+    convert(golden, target, shard_bytes=560_000, progress=False)
     return target
 
 
