@@ -16,6 +16,7 @@ from grokkit.edits import (
 )
 from grokkit.errors import GrokkitError
 from grokkit.language_model import LanguageModel, load
+from grokkit.processes import to_host
 from grokkit.sharding import make_mesh, virtual_devices
 from grokkit.taps import SITES, Capture
 
@@ -42,5 +43,6 @@ __all__ = [
     "convert",
     "load",
     "make_mesh",
+    "to_host",
     "virtual_devices",
 ]

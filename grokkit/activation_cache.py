@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grokkit.errors import SiteError
+from grokkit.processes import to_host
 from grokkit.taps import SITES, Capture
 
 _HOOKS = {
@@ -146,11 +147,17 @@ class ActivationCache:
         return ActivationCache(entries)
 
     def to_host(self) -> "ActivationCache":
-        """The same as numpy arrays, freeing the devices once this cache is dropped."""
-        return ActivationCache({k: e.map(np.asarray) for k, e in self.entries.items()})
+        """The same as numpy arrays, freeing the devices once this cache is dropped.
+
+        What lies on several processes is gathered: all of them must call this, and each gets
+        everything.
+        """
+        return ActivationCache({k: e.map(to_host) for k, e in self.entries.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, with sites, axes and layers in its metadata.
+
+        Of a cache on several processes, gather it first with `to_host`, and let one process save.
 
         **Raises:** `SiteError` if a reduction returned something other than one array.
         """

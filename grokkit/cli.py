@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import grokkit
-from grokkit import cli_checkpoints
+from grokkit import cli_checkpoints, processes
 from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, stored_specs
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
@@ -173,6 +173,17 @@ def _parser() -> argparse.ArgumentParser:
         help="split the CPU into N devices, to try a mesh without the hardware (default: no split)",
     )  # fmt: skip
     sample.add_argument("--no-progress", action="store_true", help="no progress bar while loading")
+    sample.add_argument(
+        "--processes", type=_processes, default=None, metavar="N",
+        help="run as one of N processes, on one machine or several, or auto under SLURM; the same "
+        "command is started for each (default: alone)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--process", type=int, default=None, metavar="I", help="which of them this is, from 0"
+    )
+    sample.add_argument(
+        "--coordinator", default=None, metavar="HOST:PORT", help="where process 0 is to be found"
+    )
 
     inspect = commands.add_parser(
         "inspect", help="list a checkpoint's tensors and their layout",
@@ -223,18 +234,71 @@ def _token_ids(text: str) -> list[int]:
         ) from None
 
 
+def _processes(text: str) -> int | str:
+    """A number of processes, or `"auto"`."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or auto; found {text!r}")
+    return int(text)
+
+
 def _sample(options: argparse.Namespace) -> None:
     if options.virtual_devices is not None:
         grokkit.virtual_devices(options.virtual_devices)
+    _join_processes(options)
+    mesh = processes.agree(lambda: _prepare(options), together=options.processes is not None)
+    lm = grokkit.load(options.checkpoint, mesh, options.dtype, progress=not options.no_progress)
+    tokens = lm.stream(options.prompt, options.max_len, **vars(_sampling(options)))
+    show = print if processes.is_first() else _silent
+    show(options.prompt, end="", flush=True)
+    for token in tokens:
+        show(token.text, end="", flush=True)
+    show()
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    """What the other processes print: process 0 speaks for all."""
+
+
+def _prepare(options: argparse.Namespace) -> tuple[jax.sharding.Mesh, dict[str, str]]:
+    """The mesh, and what several processes must have been asked alike."""
     checkpoint = _open(options.checkpoint)
     mesh = _mesh(options, checkpoint)
     _check_request(options, checkpoint, mesh)
-    lm = grokkit.load(options.checkpoint, mesh, options.dtype, progress=not options.no_progress)
-    tokens = lm.stream(options.prompt, options.max_len, **vars(_sampling(options)))
-    print(options.prompt, end="", flush=True)
-    for token in tokens:
-        print(token.text, end="", flush=True)
-    print()
+    request = {k: v for k, v in vars(options).items() if k not in _OF_EACH_PROCESS}
+    return mesh, {"request": repr(sorted(request.items(), key=lambda item: item[0]))[:2000]}
+
+
+_OF_EACH_PROCESS = {"run", "checkpoint", "process", "no_progress"}
+
+
+def _join_processes(options: argparse.Namespace) -> None:
+    given = (options.coordinator, options.process)
+    if options.processes is None:
+        if given != (None, None):
+            raise ConfigError("--coordinator and --process need --processes")
+    elif options.processes == "auto":
+        if given != (None, None):
+            raise ConfigError("--processes auto finds coordinator and process out; leave them away")
+        processes.start()
+    elif None in given:
+        raise ConfigError(
+            f"--processes {options.processes} needs --coordinator HOST:PORT, the address of process "
+            f"0, and --process, which of them this is"
+        )
+    else:
+        processes.start(options.coordinator, options.processes, options.process)
+    if options.processes is not None:
+        _keep_stdout()
+
+
+def _keep_stdout() -> None:
+    """Leave standard output to this program: libraries below Python say there what they do."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:

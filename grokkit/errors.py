@@ -23,3 +23,7 @@ class PromptError(GrokkitError):
 
 class SiteError(GrokkitError):
     """A capture or edit that names a site, layer, head, expert or shape that does not exist."""
+
+
+class ProcessError(GrokkitError):
+    """Processes that should work together and do not fit, or do not find each other."""

@@ -229,7 +229,8 @@ def _rounds(
 
 def _to_host_async(tree: PyTree[Array]) -> PyTree[Array]:
     for a in jax.tree.leaves(tree):
-        a.copy_to_host_async()
+        if a.is_fully_addressable:
+            a.copy_to_host_async()
     return tree
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from grokkit.activation_cache import ActivationCache, activation
 from grokkit.config import GrokConfig
 from grokkit.errors import SiteError
+from grokkit.processes import to_host
 from grokkit.taps import SITES, Capture
 
 Captures = str | Capture | Sequence[str | Capture] | None
@@ -118,7 +119,7 @@ class GenerationRecorder:
 
     def add(self, captured: dict[str, Any], prefill: bool) -> None:
         """Take one round's captures: the prompts', or a block of single tokens'."""
-        host = {k: np.asarray(v) for k, v in captured.items()}
+        host = to_host(captured)
         if prefill:
             host = {k: v[None] for k, v in host.items()}
         self._rounds.append(host)

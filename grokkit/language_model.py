@@ -17,11 +17,14 @@ from jaxtyping import Array, Float, Int
 from grokkit import compilation_cache
 from grokkit.activation_cache import ActivationCache
 from grokkit.checkpoint import (
+    Checkpoint,
     check_content,
+    fingerprint,
     load_params,
     open_checkpoint,
     stored_specs,
 )
+from grokkit.checkpoint.manifest import sha256
 from grokkit.config import GrokConfig
 from grokkit.edits import Edit, resolve
 from grokkit.errors import CheckpointError, ConfigError, PromptError, TokenizerError
@@ -35,6 +38,7 @@ from grokkit.inspection import (
     bill,
 )
 from grokkit.model import Grok, Output, check_mesh, param_specs
+from grokkit.processes import agree, is_first, spans_processes, to_host
 from grokkit.sampling import Allowed, Sampling
 from grokkit.sharding import make_mesh, release
 from grokkit.taps import Capture, Change
@@ -327,7 +331,7 @@ class LanguageModel:
             edits=self._resolve(edits, lengths),
         )  # fmt: skip
         for i_round, piece in enumerate(rounds):
-            for step in np.asarray(piece.draws.token):
+            for step in to_host(piece.draws.token):
                 for i, token in enumerate(step.tolist()):
                     if finished[i] or len(new[i]) == max_len:
                         continue
@@ -383,7 +387,7 @@ class LanguageModel:
     def _stream(self, ids: list[int], rounds: Iterator[Any]) -> Iterator[StreamedToken]:
         decoder = self.tokenizer.stream_decoder(ids)
         for piece in rounds:
-            draw = jax.tree.map(lambda a: np.asarray(a)[0, 0], piece.draws)
+            draw = jax.tree.map(lambda a: to_host(a)[0, 0], piece.draws)
             token = int(draw.token)
             if token == self.config.eos_token:
                 return
@@ -399,22 +403,31 @@ class LanguageModel:
 
 
 def default_mesh(config: GrokConfig, specs: Any = None) -> Mesh:
-    """All local devices on the model axis, or as many of them as divide the model's shapes.
+    """All devices on the model axis, or as many of them as divide the model's shapes.
 
     **Arguments:**
 
     - `config`: the model's sizes.
     - `specs`: the parameters' declarations, if they are not those of `param_specs`.
+
+    **Raises:** `ConfigError` if there are several processes and they cannot all take part.
     """
-    devices = jax.local_devices()
-    for n in range(len(devices), 0, -1):
-        mesh = make_mesh(1, n, devices)
+    of_process: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        of_process.setdefault(device.process_index, []).append(device)
+    for n in range(min(map(len, of_process.values())), 0, -1):
+        # As many of each process: one without a device would have nothing to do.
+        devices = [d for i in sorted(of_process) for d in of_process[i][:n]]
+        mesh = make_mesh(1, len(devices), devices)
         try:
             check_mesh(config, mesh, specs)
         except ConfigError:
             continue
         return mesh
-    raise AssertionError("every model fits on one device")
+    raise ConfigError(
+        f"{len(of_process)} processes cannot share this model evenly: its {config.n_kv_heads} "
+        f"key/value heads and its other sizes must divide over them; start another number"
+    )
 
 
 def load(
@@ -432,8 +445,8 @@ def load(
         `tokenizer.model`, or the safetensors files of `grokkit convert` or of a Hugging Face port;
         or the name of a shipped model, `"nano"`. A directory called `nano` is loaded as
         `"./nano"`.
-    - `mesh`: over which devices; by default all local ones on the model axis, as many as divide
-        the model's shapes.
+    - `mesh`: over which devices; by default all on the model axis, as many as divide the model's
+        shapes.
     - `dtype`: what matrix products round to, `"float32"` or `"bfloat16"`; by default float32 on
         a CPU and bfloat16 elsewhere.
     - `progress`: show a progress bar, in bytes.
@@ -442,8 +455,29 @@ def load(
 
     **Returns:** a `LanguageModel`.
 
-    **Raises:** `CheckpointError`, `ConfigError` or `TokenizerError` before anything is allocated.
+    **Raises:** `CheckpointError`, `ConfigError` or `TokenizerError` before anything is allocated; in
+    several processes `ProcessError`, if another one fails or has another checkpoint.
     """
+    together = jax.process_count() > 1 if mesh is None else spans_processes(mesh)
+    checkpoint, mesh, dtype, tokenizer = agree(
+        lambda: _prepare(source, mesh, dtype, check, progress and is_first(), together), together
+    )
+    config = checkpoint.config
+    compilation_cache.enable()
+    specs = stored_specs(checkpoint, param_specs(config, dtype))
+    model = load_params(checkpoint, specs, mesh, progress=progress and is_first())
+    return LanguageModel(model, mesh, tokenizer, str(source))
+
+
+def _prepare(
+    source: str | os.PathLike[str],
+    mesh: Mesh | None,
+    dtype: Any,
+    check: bool,
+    progress: bool,
+    together: bool,
+) -> tuple[tuple[Checkpoint, Mesh, str, Tokenizer | None], dict[str, str]]:
+    """What `load` checks, and what must be the same in all processes."""
     directory = shipped(source) if isinstance(source, str) else None
     checkpoint = open_checkpoint(Path(source) if directory is None else directory)
     config = checkpoint.config
@@ -454,12 +488,17 @@ def load(
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise CheckpointError(f"dtype must be float32 or bfloat16, found {dtype!r}")
-    tokenizer = None
-    if checkpoint.tokenizer_file is not None:
-        tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, config.vocab_size)
-    if check:
+    file = checkpoint.tokenizer_file
+    tokenizer = None if file is None else Tokenizer.from_file(file, config.vocab_size)
+    if check and is_first():
         check_content(checkpoint, progress)
-    compilation_cache.enable()
-    specs = stored_specs(checkpoint, param_specs(config, dtype))
-    model = load_params(checkpoint, specs, mesh, progress=progress)
-    return LanguageModel(model, mesh, tokenizer, str(source))
+    facts = {}
+    if together:
+        facts = {
+            "configuration": repr(config),
+            "checkpoint": f"one with the digest {fingerprint(checkpoint)[:16]}",
+            "tokenizer": "none" if file is None else f"one with the digest {sha256(file)[:16]}",
+            "mesh": " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+            "dtype": jnp.dtype(dtype).name,
+        }
+    return (checkpoint, mesh, dtype, tokenizer), facts

@@ -19,6 +19,7 @@ SAMPLE_OPTIONS = [
     "--prompt", "--max-len", "--temperature", "--top-p", "--top-k", "--min-p",
     "--repetition-penalty", "--allowed", "--seed", "--mesh", "--dtype",
     "--virtual-devices", "--no-progress",
+    "--processes", "--process", "--coordinator",
 ]  # fmt: skip
 
 

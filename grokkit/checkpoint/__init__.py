@@ -4,6 +4,7 @@ A checkpoint is data: nothing in it is ever unpickled, imported or executed.
 """
 
 from grokkit.checkpoint.converting import convert
+from grokkit.checkpoint.fingerprint import fingerprint
 from grokkit.checkpoint.finite import NonFinite, check_content, check_finite, find_non_finite
 from grokkit.checkpoint.loading import load_params, stored_specs
 from grokkit.checkpoint.names import TensorKey, tensor_keys
@@ -25,6 +26,7 @@ __all__ = [
     "convert",
     "encoded_size",
     "find_non_finite",
+    "fingerprint",
     "load_params",
     "open_checkpoint",
     "read_tensor",

@@ -1,0 +1,150 @@
+"""Several processes as one: starting them, agreeing before the work begins, gathering results.
+
+JAX does the work itself (`jax.distributed`): every process runs the same program on its own
+devices. What is here keeps a mistake in one of them from leaving the others waiting.
+"""
+
+import json
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from grokkit.errors import ProcessError
+
+HEARTBEAT_SECONDS = 20
+"""A process that has not been heard of for this long counts as dead, and ends the others."""
+
+_RECORD = 8192  # bytes of what a process tells the others
+_LONGEST = 3000  # characters of a message in it
+
+T = TypeVar("T")
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    index: int | None = None,
+    timeout: int = 300,
+    heartbeat: int = HEARTBEAT_SECONDS,
+) -> None:
+    """Join the other processes. Call it before JAX is first used, in every process.
+
+    **Arguments:**
+
+    - `coordinator`: address and port of process 0, as in `"10.0.0.1:1234"`.
+    - `processes`: how many there are.
+    - `index`: which of them this is, from 0. Under SLURM and Open MPI, and on Cloud TPUs, JAX finds
+        out all three.
+    - `timeout`: seconds to wait until all are there.
+    - `heartbeat`: seconds without a sign of life after which a process counts as dead. The others
+        then end with an error.
+
+    **Raises:** `ProcessError` if the processes do not find each other.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            index,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=heartbeat,
+        )
+    except (RuntimeError, ValueError) as e:
+        raise ProcessError(
+            f"the processes did not find each other: {e}\n  what to do: start as many as you say "
+            f"there are, each with its own index, all with the address of process 0; do this "
+            f"before JAX is used"
+        ) from e
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which prints and shows progress for all. True if it is alone."""
+    return jax.process_count() == 1 or jax.process_index() == 0
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether a mesh has devices of more than one process."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def to_host(tree: PyTree[Array | np.ndarray]) -> PyTree[np.ndarray]:
+    """Arrays as numpy arrays, gathered if they lie on several processes.
+
+    Every process must call it, with the same arrays, and each gets all of them.
+
+    **Arguments:**
+
+    - `tree`: arrays of jax or numpy, alone or in any pytree.
+    """
+
+    def gather(a: Any) -> np.ndarray:
+        if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
+            return np.asarray(a)
+        return multihost_utils.process_allgather(a, tiled=True)
+
+    return jax.tree.map(gather, tree)
+
+
+def agree(prepare: Callable[[], tuple[T, dict[str, str]]], together: bool) -> T:
+    """Prepare in every process, and go on only if all succeeded and have the same facts.
+
+    **Arguments:**
+
+    - `prepare`: gives a result and facts, which must be the same in all processes, by name.
+    - `together`: whether several processes take part; with `False`, just `prepare`.
+
+    **Returns:** this process's result.
+
+    **Raises:** what `prepare` raised, in that process; `ProcessError` in the others, or in all of
+    them if their facts differ.
+    """
+    if not together:
+        return prepare()[0]
+    try:
+        result, facts = prepare()
+        error = None
+    except Exception as e:  # noqa: BLE001 - whatever it is, the others must hear of it
+        result, facts, error = None, {}, e
+    told = {
+        "host": socket.gethostname()[:100],
+        "error": None if error is None else f"{type(error).__name__}: {error}"[:_LONGEST],
+        "facts": facts,
+    }
+    everyone = _exchange(told)
+    if error is not None:
+        raise error
+    failed = [i for i, other in enumerate(everyone) if other["error"] is not None]
+    if failed:
+        i = failed[0]
+        raise ProcessError(f"{_called(i, everyone)} stopped: {everyone[i]['error']}")
+    for name in facts:
+        values = [other["facts"].get(name) for other in everyone]
+        for i, value in enumerate(values):
+            if value != values[0]:
+                raise ProcessError(
+                    f"the processes do not have the same {name}\n"
+                    f"  {_called(0, everyone)}: {values[0]}\n"
+                    f"  {_called(i, everyone)}: {value}\n"
+                    f"  what to do: give every process the same options and the same files"
+                )
+    return result  # type: ignore[return-value]
+
+
+def _called(i: int, everyone: list[dict[str, Any]]) -> str:
+    return f"process {i} of {len(everyone)}, on {everyone[i]['host']}"
+
+
+def _exchange(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process told, in their order."""
+    text = json.dumps(told).encode()
+    assert len(text) <= _RECORD, "facts are short"
+    record = np.frombuffer(text.ljust(_RECORD), np.uint8)
+    records = multihost_utils.process_allgather(record)
+    return [json.loads(bytes(np.asarray(r))) for r in records]
