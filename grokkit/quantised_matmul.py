@@ -2,7 +2,8 @@
 
 `plain` says what is computed, and is what accelerators run: there the conversion fuses into the
 product. On a CPU `blocked` gives the same, converting one block of the matrix at a time so that
-its floats stay in the processor's cache. docs/performance.md explains why it looks as it does.
+its floats stay in the processor's cache; a few rows go to `few_rows`. docs/performance.md explains
+why it looks as it does.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int8, Num
 
+from grokkit import few_rows
 from grokkit.numerics import einsum32
 from grokkit.quant import QuantizedArray, Slot
 
@@ -23,9 +25,6 @@ _SHORT_GROUP = 256
 """Groups with fewer entries than this would make products too small to be worth starting."""
 MANY_ROWS = 128
 """From this many rows on products are as fast with rows as rows, and need not be turned round."""
-_FEW_ROWS = 4
-"""Up to this many rows a product takes as long as reading the matrix, so that it pays to leave
-the matrix in 8 bits; beyond, arithmetic counts."""
 
 
 def matmul(
@@ -82,7 +81,7 @@ def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Fl
 def blocked(
     x: Float[Array, "_ _"], w: QuantizedArray | Slot, dtype: Any, k_axis: int
 ) -> Float[Array, "_ _"]:
-    """The same as `plain` for a CPU, block by block. Differentiable in `x`.
+    """The same as `plain` for a CPU, block by block, or in `few_rows`. Differentiable in `x`.
 
     **Arguments:**
 
@@ -121,18 +120,14 @@ class _How(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _blocked(x: Array, flat: _Flat, place: Array, how: _How) -> Array:
-    scales = _scales(flat, place, how)
     k, rows = x.shape[how.k_axis], x.shape[1 - how.k_axis]
+    if how.k_axis == 0 and rows <= few_rows.MOST_ROWS:
+        return few_rows.product(x.T, flat.weight, flat.scales, place)
+    scales = _scales(flat, place, how)
     if 1 < how.groups and k // how.groups < _SHORT_GROUP:
         whole = how._replace(groups=1)
         return _join(_each_block(x, flat, place, whole, scales)[0], how.k_axis)
-    if rows <= _FEW_ROWS and how.k_axis == 0 and how.dtype != jnp.float32:
-        high, low, unit = split_in_two(x, how.groups)
-        partial = _each_block(jnp.concatenate([high, low], axis=1), flat, place, how)
-        high, low = jnp.split(partial.astype(jnp.float32), 2, axis=3)
-        partial = (high * 128 + low) * unit[:, None, None]
-    else:
-        partial = _each_block(x.astype(how.dtype), flat, place, how)
+    partial = _each_block(x.astype(how.dtype), flat, place, how)
     scales = scales.reshape(how.groups, partial.shape[1], -1)
     scales = jnp.expand_dims(scales, 3 if how.k_axis == 0 else 2)
     # Added one by one, in one pass; a sum over the axis takes many times as long.
@@ -143,12 +138,12 @@ def _blocked(x: Array, flat: _Flat, place: Array, how: _How) -> Array:
 
 
 def _each_block(
-    x: Num[Array, "_ _"],
+    x: Float[Array, "_ _"],
     flat: _Flat,
     place: Array,
     how: _How,
     scales: Float[Array, "g n"] | None = None,
-) -> Num[Array, "group block _ _"]:
+) -> Float[Array, "group block _ _"]:
     """Each group's part of `x` times each block of the matrix, in the arithmetic that `x` is in.
 
     With `scales` every entry of a block is scaled before the product, for all groups at once.
@@ -174,18 +169,16 @@ def _each_block(
     return products.reshape(*group.shape, *products.shape[1:])
 
 
-def _dot(x: Num[Array, "_ _"], weight: Num[Array, "n k"], k_axis: int) -> Num[Array, "_ _"]:
+def _dot(x: Float[Array, "_ _"], weight: Num[Array, "n k"], k_axis: int) -> Float[Array, "_ _"]:
     """`x` times the transposed weight, which stays on the left where rows are columns."""
-    integers = x.dtype == jnp.int8
-    if not integers:
-        weight = _floats(weight, x.dtype)
+    weight = _floats(weight, x.dtype)
     left, right = (weight, x) if k_axis == 0 else (x, weight)
     return jax.lax.dot_general(
         left,
         right,
         (((1,), (k_axis,)), ((), ())),
-        precision=None if integers else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.int32 if integers else jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -240,23 +233,6 @@ _blocked.defvjp(_forward, _backward)
 def _scales(flat: _Flat, place: Array, how: _How) -> Float[Array, "g n"]:
     start = (place * how.groups, jnp.int32(0))
     return jax.lax.dynamic_slice(flat.scales, start, (how.groups, how.n)).astype(jnp.float32)
-
-
-def split_in_two(
-    x: Float[Array, "k row"], groups: int
-) -> tuple[Int8[Array, "k row"], Int8[Array, "k row"], Float[Array, "g row"]]:
-    """Two 8-bit numbers for each entry: `x` is about `(128 * high + low) * unit`.
-
-    To half of 1/16256 of the largest entry of its column and group: 15 bits, where bfloat16 has
-    8 of each entry's own size.
-    """
-    k, rows = x.shape
-    grouped = x.reshape(groups, k // groups, rows)
-    unit = jnp.max(jnp.abs(grouped), axis=1) / (127 * 128)
-    whole = jnp.round(grouped / jnp.where(unit == 0, 1, unit)[:, None])
-    high = jnp.round(whole / 128)
-    low = whole - 128 * high
-    return high.reshape(k, rows).astype(jnp.int8), low.reshape(k, rows).astype(jnp.int8), unit
 
 
 def block_rows(n: int, k: int) -> int:

@@ -134,8 +134,9 @@ def _attend(
     total = jnp.sum(exp, axis=-1, keepdims=True)
     pattern = tap("pattern", exp / jnp.where(total == 0, 1, total))
     weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[1]), _SCORES)
-    z = einsum32("bngqk,bknd->bqngd", weights, v, dtype)
-    return _reshape(z, (batch, queries, n_heads, d_head), _HEADS)
+    # Heads before queries: the other order would turn the values round in memory first.
+    z = einsum32("bngqk,bknd->bngqd", weights, v, dtype)
+    return _reshape(jnp.moveaxis(z, 3, 1), (batch, queries, n_heads, d_head), _HEADS)
 
 
 def _scores(

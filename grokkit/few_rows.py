@@ -1,0 +1,307 @@
+"""Products of few rows with 8-bit matrices on a CPU, at the speed at which memory is read.
+
+XLA's own products cannot read one matrix of a stack where it lies: they copy it first, which
+takes as long as all the rest. So this one product is a loop of our own, compiled by Numba, which
+XLA calls through its foreign function interface (the C structures of `xla/ffi/api/c_api.h`, which
+XLA keeps compatible). It computes in float32, from the float32 rows as they are.
+"""
+
+import ctypes
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Float, Int, Int8
+from numba import cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import carray
+
+MOST_ROWS = 8
+"""Up to this many rows reading the matrix takes longer than the arithmetic does."""
+
+_TARGET = "grokkit_few_rows"
+_A_THREAD = 2**18
+"""Entries of the matrix that are worth sharing with one thread more."""
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """The function compiled. Sums may be added in another order, for the processor's lanes."""
+    # Without what a checker of types may have put round it, which cannot be compiled.
+    return njit(fastmath={"reassoc", "contract"}, nogil=True)(inspect.unwrap(function))
+
+
+def _instruction(function: Callable[..., Any]) -> Any:
+    """A function that stands for instructions of the compiler's own language."""
+    return intrinsic(function)
+
+
+def _called_from_c(function: Callable[..., Any]) -> Any:
+    """The function compiled for calls from C: it takes an address."""
+    return cfunc(types.int64(types.int64))(inspect.unwrap(function))
+
+
+def product(
+    x: Float[Array, "row k"],
+    weight: Int8[Array, "matrix_n k"],
+    scales: BFloat16[Array, "matrix_g n"],
+    place: Int[Array, ""],
+) -> Float[Array, "n row"]:
+    """`(x @ w).T` for the matrix `w` at a place in a stack, on a CPU.
+
+    **Arguments:**
+
+    - `x`: rows, in float32; as quick as reading the matrix up to `MOST_ROWS`.
+    - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows.
+    - `place`: which matrix.
+
+    Under `shard_map` all must be of one type.
+    """
+    _register()
+    n, k = scales.shape[1], weight.shape[1]
+    groups, threads = scales.shape[0] // (weight.shape[0] // n), _threads(n * k)
+    # Of the type that shard_map wants of what is used with the weights, and of what comes of it.
+    numbers = jnp.stack([place, jnp.int32(groups), jnp.int32(threads)])
+    numbers = numbers + 0 * weight[0, :1].astype(jnp.int32)
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
+    result = jax.typeof(jnp.zeros((n, 1)) * x[:, 0])
+    call = jax.ffi.ffi_call(_TARGET, result, vmap_method="sequential")
+    return call(x, weight, bits, numbers)
+
+
+def _threads(entries: int) -> int:
+    """How many threads to cut a product over: the processor's, shared between devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else max(1, mesh.size // jax.process_count())
+    return max(1, min(_cores() // devices, entries // _A_THREAD))
+
+
+def _cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# The loops
+
+
+@_compiled
+def _one(w: Any, x: Any) -> Any:
+    total = np.float32(0)
+    for i in range(w.shape[0]):
+        total += np.float32(w[i]) * x[i]
+    return total
+
+
+@_compiled
+def _two(w: Any, x: Any, y: Any) -> Any:
+    """Two rows at once, since turning the matrix to floats takes as long as a product does."""
+    of_x = of_y = np.float32(0)
+    for i in range(w.shape[0]):
+        entry = np.float32(w[i])
+        of_x += entry * x[i]
+        of_y += entry * y[i]
+    return of_x, of_y
+
+
+@_compiled
+def _float(bits: Any) -> Any:
+    """A bfloat16: the upper half of a float32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_compiled
+def _multiply(x: Any, weight: Any, scales: Any, out: Any, first: int, last: int) -> None:
+    """Outputs `first` to `last`: x [row, group, k], weight [n, group, k], scales [group, n]."""
+    rows, groups = x.shape[0], x.shape[1]
+    for j in range(first, last):
+        for r in range(0, rows - 1, 2):
+            of_x = of_y = np.float32(0)
+            for g in range(groups):
+                scale = _float(scales[g, j])
+                part_x, part_y = _two(weight[j, g], x[r, g], x[r + 1, g])
+                of_x += part_x * scale
+                of_y += part_y * scale
+            out[j, r], out[j, r + 1] = of_x, of_y
+        if rows % 2:
+            total = np.float32(0)
+            for g in range(groups):
+                total += _one(weight[j, g], x[rows - 1, g]) * _float(scales[g, j])
+            out[j, rows - 1] = total
+
+
+# Sharing a product between threads. Starting a thread, or waking one that sleeps, takes as long
+# as a small product: so helpers stay for a while after their last, asking for more, and end when
+# none comes. A product is cut into pieces, of which whoever is free takes the next; the thread
+# that brought the product never waits for a helper that has not taken a piece of it.
+
+_NEXT, _DONE, _BUSY, _HELPERS, _TASK = 0, 16, 32, 48, 64
+"""Places in the state, apart so that threads do not wait for each other's cache lines: the next
+piece, how many are done, whether there is a product, how many helpers; and the product."""
+_STATE = np.zeros(_TASK + 8, np.int64)
+_ASKS = 4000
+"""How often a helper asks in vain before it ends: about a millisecond."""
+
+
+def _atomic(operation: str) -> Any:
+    """A function that changes the number at an address in one step, and returns the former one."""
+
+    @_instruction
+    def change(typing_context, address, value):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = builder.inttoptr(arguments[0], cgutils.intp_t.as_pointer())
+            return builder.atomic_rmw(operation, place, arguments[1], "seq_cst")
+
+        return types.int64(types.int64, types.int64), codegen
+
+    return change
+
+
+_add, _exchange = _atomic("add"), _atomic("xchg")
+
+
+@_compiled
+def _piece(state_at: int, piece: int, pieces: int) -> None:
+    task = _words(state_at + 8 * _TASK, 8)
+    rows, groups, size, n = task[4], task[6], task[5] // task[6], task[7]
+    x = carray(_pointer(task[0]), (rows, groups, size), dtype=np.float32)
+    weight = carray(_pointer(task[1]), (n, groups, size), dtype=np.int8)
+    scales = carray(_pointer(task[2]), (groups, n), dtype=np.uint16)
+    out = carray(_pointer(task[3]), (n, rows), dtype=np.float32)
+    _multiply(x, weight, scales, out, n * piece // pieces, n * (piece + 1) // pieces)
+
+
+def _sharing() -> Any:
+    """Compile the function that runs a product, with the threads' common state."""
+    yield_core, start_thread, leave_thread = _library()
+    _STATE[:] = 0
+    pieces = 8 * _cores()
+    _STATE[_NEXT] = pieces
+    state = _STATE.ctypes.data
+    next_at, done_at, busy_at, helpers_at = (
+        state + 8 * place for place in (_NEXT, _DONE, _BUSY, _HELPERS)
+    )
+
+    @_compiled
+    def take_pieces() -> int:
+        taken = 0
+        while _add(next_at, 0) < pieces:
+            piece = _add(next_at, 1)
+            if piece < pieces:
+                _piece(state, piece, pieces)
+                _add(done_at, 1)
+                taken += 1
+        return taken
+
+    @_called_from_c
+    def helper(_: int) -> int:
+        asked = 0
+        while asked < _ASKS:
+            asked = 0 if take_pieces() else asked + 1
+            yield_core()
+        _add(helpers_at, -1)
+        return 0
+
+    helper_at = helper.address
+
+    @_compiled
+    def share(x, weight, scales, out, rows, k, groups, n, threads):
+        alone = threads == 1 or _exchange(busy_at, 1) == 1
+        task = np.empty(_TASK + 8, np.int64) if alone else _words(state, _TASK + 8)
+        task[_TASK], task[_TASK + 1], task[_TASK + 2] = x, weight, scales
+        task[_TASK + 3], task[_TASK + 4], task[_TASK + 5] = out, rows, k
+        task[_TASK + 6], task[_TASK + 7] = groups, n
+        if alone:
+            _piece(np.int64(task.ctypes.data), 0, 1)
+            return
+        _exchange(done_at, 0)
+        _exchange(next_at, 0)
+        for _ in range(threads - 1 - _add(helpers_at, 0)):
+            thread = np.empty(1, np.int64)
+            where = _pointer(np.int64(thread.ctypes.data))
+            if start_thread(where, _pointer(0), _pointer(helper_at), _pointer(0)) == 0:
+                _add(helpers_at, 1)
+                leave_thread(thread[0])
+        take_pieces()
+        while _add(done_at, 0) < pieces:
+            yield_core()
+        _exchange(busy_at, 0)
+
+    return share
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """The C library's functions: let other threads run, start one, and leave one to itself."""
+    library = ctypes.CDLL(None)
+    functions = library.sched_yield, library.pthread_create, library.pthread_detach
+    arguments = [], [ctypes.c_void_p] * 4, [ctypes.c_int64]
+    for function, argtypes in zip(functions, arguments, strict=True):
+        function.argtypes, function.restype = argtypes, ctypes.c_int
+    return functions
+
+
+# What XLA calls. Every field of its C structures that is used here takes 8 bytes; the numbers
+# below are places in them.
+
+_FRAME_EXTENSION, _FRAME_ARGUMENTS, _FRAME_RESULTS, _FRAME_SIZE = 1, 9, 14, 22
+_DATA, _SIZES, _BUFFER_SIZE = 3, 5, 6
+_EXTENSION_TYPE, _EXTENSION_METADATA, _METADATA_VERSION = 1, 3, 3
+_METADATA = 1
+_VERSION = 3 << 32  # 0.3: the major number lies in the lower half
+
+
+@_instruction
+def _pointer(typing_context, address):
+    """An integer as a pointer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@_compiled
+def _words(address: int, n: int) -> Any:
+    return carray(_pointer(address), (n,), dtype=np.int64)
+
+
+def _handler() -> Any:
+    """Compile what XLA calls; takes about a second."""
+    share = _sharing()
+
+    @_called_from_c
+    def handler(frame_at: int) -> int:
+        frame = _words(frame_at, _FRAME_SIZE)
+        if frame[_FRAME_EXTENSION] != 0:
+            extension = _words(frame[_FRAME_EXTENSION], 4)
+            if np.int32(extension[_EXTENSION_TYPE]) == _METADATA:
+                _words(extension[_EXTENSION_METADATA], 4)[_METADATA_VERSION] = _VERSION
+                return 0
+        arguments, results = _words(frame[_FRAME_ARGUMENTS], 4), _words(frame[_FRAME_RESULTS], 1)
+        x, weight = _words(arguments[0], _BUFFER_SIZE), _words(arguments[1], _BUFFER_SIZE)
+        scales, numbers = _words(arguments[2], _BUFFER_SIZE), _words(arguments[3], _BUFFER_SIZE)
+        out = _words(results[0], _BUFFER_SIZE)
+        shape, n = _words(x[_SIZES], 2), _words(out[_SIZES], 2)[0]
+        place, groups, threads = carray(_pointer(numbers[_DATA]), (3,), dtype=np.int32)
+        share(
+            x[_DATA], weight[_DATA] + place * n * shape[1],
+            scales[_DATA] + 2 * place * n * groups, out[_DATA],
+            shape[0], shape[1], np.int64(groups), n, np.int64(threads),
+        )  # fmt: skip
+        return 0
+
+    return handler
+
+
+@functools.cache
+def _register() -> None:
+    """Make the product known to XLA."""
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype = ctypes.py_object
+    capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    target = capsule(_handler().address, b"xla._CUSTOM_CALL_TARGET", None)
+    jax.ffi.register_ffi_target(_TARGET, target, platform="cpu", api_version=1)
