@@ -201,9 +201,11 @@ def _rounds(
     longest = max(map(len, prompts))
     with jax.set_mesh(mesh):
         on_rows = jax.tree.map(lambda a: jax.device_put(a, P("data")), rows)
-        padded = bucket(longest, config.context_length)
-        if padded > PREFILL_PART and not captures:
-            padded = -(-padded // PREFILL_PART) * PREFILL_PART
+        padded = (
+            bucket(longest, config.context_length)
+            if captures
+            else padded_length(longest, config.context_length)
+        )
         tokens = pad_right(prompts, padded, config.pad_token)
         # A whole block always fits, so that a last, part-used block needs no other program.
         capacity = bucket(max(longest + max_len + block, tokens.shape[1]), steps=8)
@@ -232,6 +234,12 @@ def _to_host_async(tree: PyTree[Array]) -> PyTree[Array]:
         if a.is_fully_addressable:
             a.copy_to_host_async()
     return tree
+
+
+def padded_length(n: int, context_length: int) -> int:
+    """What a prompt of `n` tokens is padded to: its bucket, in whole parts if it takes several."""
+    padded = bucket(n, context_length)
+    return padded if padded <= PREFILL_PART else -(-padded // PREFILL_PART) * PREFILL_PART
 
 
 def bucket(n: int, limit: int | None = None, steps: int = 1) -> int:
@@ -268,16 +276,23 @@ def check_prompts(
             f"devices, found {len(prompts)}; add prompts or use a mesh with data=1"
         )
     for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise PromptError(f"prompt {i} is empty; it must hold at least one token")
-        if len(prompt) + max_len > config.context_length:
+        check_prompt(config, prompt, max_len, f"prompt {i}")
+
+
+def check_prompt(
+    config: GrokConfig, prompt: Sequence[int], max_len: int, name: str = "the prompt"
+) -> None:
+    """Refuse a prompt that cannot be run with `max_len` more tokens. **Raises:** `PromptError`."""
+    if not len(prompt):
+        raise PromptError(f"{name} is empty; it must hold at least one token")
+    if len(prompt) + max_len > config.context_length:
+        raise PromptError(
+            f"{name} has {len(prompt)} tokens and max_len is {max_len}: "
+            f"{len(prompt) + max_len} do not fit in the context of {config.context_length}. "
+            f"Shorten the prompt or lower max_len"
+        )
+    for token in prompt:
+        if not 0 <= token < config.vocab_size:
             raise PromptError(
-                f"prompt {i} has {len(prompt)} tokens and max_len is {max_len}: "
-                f"{len(prompt) + max_len} do not fit in the context of {config.context_length}. "
-                f"Shorten the prompt or lower max_len"
+                f"{name} holds token id {token}; ids go from 0 to {config.vocab_size - 1}"
             )
-        for token in prompt:
-            if not 0 <= token < config.vocab_size:
-                raise PromptError(
-                    f"prompt {i} holds token id {token}; ids go from 0 to {config.vocab_size - 1}"
-                )

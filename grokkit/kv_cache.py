@@ -116,3 +116,48 @@ def mark_visible(
     return jax.shard_map(local, in_specs=(spec, spec, rows), out_specs=spec)(
         visible, *jax.reshard((new, start), (spec, rows))
     )
+
+
+def put_rows(cache: KVCache, new: KVCache, at: Int[Array, " row"]) -> KVCache:
+    """Put the sequences of another cache over rows of this one, whatever those held.
+
+    **Arguments:**
+
+    - `cache`: written in place where it is donated.
+    - `new`: of fewer rows, and of any capacity that holds its sequences.
+    - `at`: for each of its rows the one to go to, counted among those of the same device;
+        negative for a row that goes nowhere.
+    """
+    capacity = cache.capacity
+
+    def local(cache, new, at):
+        for row in range(at.shape[0]):
+            cache = tuple(
+                put_row(whole, part, axis, row, at[row])
+                for whole, part, axis in zip(cache, new, (1, 1, 0, 0), strict=True)
+            )
+        return cache
+
+    kv = partition_spec(("layer", *_KEYS))
+    specs = (kv, kv, partition_spec(("batch", "position")), partition_spec(("batch",)))
+    beyond = max(capacity - new.capacity, 0)
+    parts = (
+        new.keys[:, :, :capacity],
+        new.values[:, :, :capacity],
+        jnp.pad(new.visible, ((0, 0), (0, beyond)))[:, :capacity],
+        new.length,
+    )
+    whole = (cache.keys, cache.values, cache.visible, cache.length)
+    found = jax.shard_map(local, in_specs=(specs, specs, specs[3]), out_specs=specs)(
+        whole, jax.reshard(parts, specs), at
+    )
+    return KVCache(*found)
+
+
+def put_row(whole: Array, part: Array, axis: int, row: int, at: Int[Array, ""]) -> Array:
+    """Row `row` of `part` over the first entries of row `at` of `whole`; nothing if `at` < 0."""
+    part = jax.lax.slice_in_dim(part, row, row + 1, axis=axis)
+    start = [jnp.int32(0)] * whole.ndim
+    start[axis] = jnp.maximum(at, 0)
+    kept = jax.lax.dynamic_slice(whole, start, part.shape)
+    return jax.lax.dynamic_update_slice(whole, jnp.where(at >= 0, part, kept), start)

@@ -144,6 +144,19 @@ def _mask(allowed: Allowed | None, n: int, vocab_size: int) -> Bool[np.ndarray, 
     return mask
 
 
+def stack(rows: Sequence[Rows | None], vocab_size: int) -> Rows:
+    """One batch of several sequences' settings; `None` for a row that holds no sequence."""
+    idle = Rows(np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.uint32))  # type: ignore[arg-type]
+    filled = [idle if r is None else r for r in rows]
+    firsts = [np.concatenate(values) for values in zip(*(r[:3] for r in filled), strict=True)]
+    if not any(r.constraints for r in filled):
+        return Rows(*firsts)  # type: ignore[arg-type]
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    none = Constraints(np.zeros(1, np.int32), zero, one, np.ones((1, vocab_size), bool))  # type: ignore[arg-type]
+    each = [r.constraints or none for r in filled]
+    return Rows(*firsts, Constraints(*map(np.concatenate, zip(*each, strict=True))))  # type: ignore[arg-type]
+
+
 class Draw(eqx.Module):
     """The tokens drawn at one step, and how probable the model held them to be.
 
