@@ -1,6 +1,7 @@
 """grokkit: Grok-1 as an Equinox pytree, to sample from, look inside and change."""
 
 from grokkit.activation_cache import ActivationCache
+from grokkit.batch_run import batch
 from grokkit.checkpoint import convert
 from grokkit.config import GROK_1, NANO, GrokConfig
 from grokkit.edits import (
@@ -40,6 +41,7 @@ __all__ = [
     "RouterTemperature",
     "Scale",
     "SwapExperts",
+    "batch",
     "convert",
     "load",
     "make_mesh",

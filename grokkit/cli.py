@@ -8,12 +8,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 import grokkit
 from grokkit import cli_checkpoints, processes
+from grokkit.batch_run import Record, read_prompts
 from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, stored_specs
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
@@ -80,7 +82,8 @@ def guarded(name: str, run: Callable[[], None], is_program: bool) -> int:
 
 
 def exit_on_interrupt() -> None:
-    """Let Ctrl-C end this process at once, with status 130. For commands that write no files.
+    """Let Ctrl-C end this process at once, with status 130. For commands whose files stay good
+    when they are killed.
 
     Python would wait until the running compilation is done, loses an interrupt that arrives in
     one of JAX's callbacks, and crashes in jaxlib as it exits after one that arrives in a
@@ -117,9 +120,24 @@ def _parser() -> argparse.ArgumentParser:
         help="nano, the model that ships with grokkit, or a directory that holds ckpt-0/ "
         "(default: nano)",
     )  # fmt: skip
-    sample.add_argument(
+    texts = sample.add_mutually_exclusive_group()
+    texts.add_argument(
         "--prompt", default=PROMPT, metavar="TEXT",
         help="the text to continue (default: %(default)s)",
+    )  # fmt: skip
+    texts.add_argument(
+        "--prompts", default=None, metavar="FILE",
+        help="a file of texts to continue together instead, one a line, or JSON strings if it ends "
+        "in .jsonl; needs --out",
+    )  # fmt: skip
+    sample.add_argument(
+        "--out", default=None, metavar="FILE.jsonl",
+        help="with --prompts, where the new texts go, one line of JSON each; the same command "
+        "goes on after an interrupt",
+    )  # fmt: skip
+    sample.add_argument(
+        "--slots", type=int, default=8, metavar="N",
+        help="with --prompts, texts that are continued at once (default: %(default)s)",
     )  # fmt: skip
     sample.add_argument(
         "--max-len", type=int, default=100, metavar="N",
@@ -249,6 +267,9 @@ def _sample(options: argparse.Namespace) -> None:
     _join_processes(options)
     mesh = processes.agree(lambda: _prepare(options), together=options.processes is not None)
     lm = grokkit.load(options.checkpoint, mesh, options.dtype, progress=not options.no_progress)
+    if options.prompts is not None:
+        _sample_all(options, lm, read_prompts(options.prompts))
+        return
     tokens = lm.stream(options.prompt, options.max_len, **vars(_sampling(options)))
     show = print if processes.is_first() else _silent
     show(options.prompt, end="", flush=True)
@@ -263,9 +284,14 @@ def _silent(*_: Any, **__: Any) -> None:
 
 def _prepare(options: argparse.Namespace) -> tuple[jax.sharding.Mesh, dict[str, str]]:
     """The mesh, and what several processes must have been asked alike."""
+    if (options.prompts is None) != (options.out is None):
+        raise PromptError("--prompts FILE and --out FILE.jsonl go together; found one of them")
+    if options.prompts is not None and options.processes is not None:
+        raise ConfigError("--prompts runs in one process; leave --processes away, or use --prompt")
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
     checkpoint = _open(options.checkpoint)
     mesh = _mesh(options, checkpoint)
-    _check_request(options, checkpoint, mesh)
+    _check_request(options, checkpoint, mesh, prompts)
     request = {k: v for k, v in vars(options).items() if k not in _OF_EACH_PROCESS}
     return mesh, {"request": repr(sorted(request.items(), key=lambda item: item[0]))[:2000]}
 
@@ -301,6 +327,17 @@ def _keep_stdout() -> None:
     sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
 
 
+def _sample_all(options: argparse.Namespace, lm: grokkit.LanguageModel, prompts: list[str]) -> None:
+    found = grokkit.batch(
+        prompts, lm, options.out, slots=options.slots, max_len=options.max_len,
+        progress=not options.no_progress, **vars(_sampling(options)),
+    )  # fmt: skip
+    refused = [c for c in found if c.finish_reason == "refused"]
+    for completion in refused:
+        print(f"grokkit: prompt {completion.index}: {completion.error}", file=sys.stderr)
+    print(f"{options.out}: {len(found) - len(refused)} of {len(found)} texts")
+
+
 def _sampling(options: argparse.Namespace) -> Sampling:
     return Sampling(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)}
@@ -311,22 +348,25 @@ def _mesh(options: argparse.Namespace, checkpoint: Checkpoint) -> jax.sharding.M
     if options.mesh is None:
         return default_mesh(checkpoint.config, _specs(checkpoint))
     data, model = options.mesh
-    if data > 1:
+    if data > 1 and options.prompts is None:
         raise ConfigError(
             f"--mesh {data},{model} spreads prompts over {data} devices, and there is one prompt; "
             f"use --mesh 1,{model}"
         )
     found = len(jax.devices())
-    if model > found:
+    if data * model > found:
         raise ConfigError(
-            f"--mesh {data},{model} needs {model} devices, found {found}; on a CPU, add "
-            f"--virtual-devices {model}"
+            f"--mesh {data},{model} needs {data * model} devices, found {found}; on a CPU, add "
+            f"--virtual-devices {data * model}"
         )
     return grokkit.make_mesh(data, model)
 
 
 def _check_request(
-    options: argparse.Namespace, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    mesh: jax.sharding.Mesh,
+    prompts: list[str] | None,
 ) -> None:
     """Refuse before the weights are loaded, which can take long, what would fail after."""
     check_mesh(checkpoint.config, mesh, _specs(checkpoint))
@@ -339,8 +379,11 @@ def _check_request(
             f"the one that came with the weights there"
         )
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, checkpoint.config.vocab_size)
-    prompts = [tokenizer.encode(options.prompt)]
-    check_prompts(checkpoint.config, mesh, prompts, options.max_len)
+    if prompts is not None:
+        # One that does not fit is refused by itself; a file of something else, altogether.
+        Record(Path(options.out), prompts, _sampling(options), options.max_len, []).read()
+        return
+    check_prompts(checkpoint.config, mesh, [tokenizer.encode(options.prompt)], options.max_len)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grokkit import compilation_cache
+from grokkit import compilation_cache, scoring
 from grokkit.activation_cache import ActivationCache
 from grokkit.checkpoint import (
     Checkpoint,
@@ -40,6 +40,7 @@ from grokkit.inspection import (
 from grokkit.model import Grok, Output, check_mesh, param_specs
 from grokkit.processes import agree, is_first, spans_processes, to_host
 from grokkit.sampling import Allowed, Sampling
+from grokkit.scoring import Score
 from grokkit.sharding import make_mesh, release
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
@@ -235,6 +236,27 @@ class LanguageModel:
             lengths = np.full(ids.shape[0], ids.shape[1], np.int32)
         check_prompts(self.config, self.mesh, ids.tolist(), 0)
         return ids.astype(np.int32), lengths
+
+    # Scoring
+
+    def score(
+        self, prompt: Text | Sequence[int], continuation: Text | Sequence[int]
+    ) -> Score | list[Score]:
+        """How probable the model holds a given continuation, token by token; see `scoring.score`."""
+        return scoring.score(
+            self.model, self.mesh, lambda text: self.tokenizer.encode(text), prompt, continuation
+        )
+
+    def perplexity(
+        self,
+        text: str | Sequence[int],
+        window: int | None = None,
+        stride: int | None = None,
+        progress: bool = True,
+    ) -> float:
+        """Perplexity of a text of any length, by a sliding window; see `scoring.perplexity`."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else [*map(int, text)]
+        return scoring.perplexity(self.model, self.mesh, ids, window, stride, progress)
 
     # Generating
 

@@ -16,7 +16,7 @@ from grokkit.model import initialise
 
 PROMPT = "The answer"
 SAMPLE_OPTIONS = [
-    "--prompt", "--max-len", "--temperature", "--top-p", "--top-k", "--min-p",
+    "--prompt", "--prompts", "--out", "--slots", "--max-len", "--temperature", "--top-p", "--top-k", "--min-p",
     "--repetition-penalty", "--allowed", "--seed", "--mesh", "--dtype",
     "--virtual-devices", "--no-progress",
     "--processes", "--process", "--coordinator",
@@ -103,6 +103,7 @@ def test_sample_on_a_mesh_without_progress(capsys, checkpoint, monkeypatch):
         (["--max-len=0"], "--max-len must be at least 1, found 0"),
         (["--max-len=1000"], "do not fit in the context of 96"),
         (["--prompt="], "prompt 0 is empty"),
+        (["--out=here.jsonl"], "--prompts FILE and --out FILE.jsonl go together"),
         (["--mesh=2,4"], "there is one prompt; use --mesh 1,4"),
         (["--mesh=1,3"], "do not divide over the mesh's 3 'model' devices"),
         (["--mesh=1,16"], "needs 16 devices, found 8; on a CPU, add --virtual-devices 16"),
