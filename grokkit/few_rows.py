@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import llvmlite.binding
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, Int8
 from numba import cfunc, njit, types
@@ -31,9 +32,10 @@ _A_THREAD = 2**18
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """The function compiled. Sums may be added in another order, for the processor's lanes."""
-    # Without what a checker of types may have put round it, which cannot be compiled.
-    return njit(fastmath={"reassoc", "contract"}, nogil=True)(inspect.unwrap(function))
+    """The function compiled when it is first called from compiled code."""
+    # Without what a checker of types may have put round it, which cannot be compiled. Sums may be
+    # added in another order, for the processor's lanes.
+    return njit(fastmath={"reassoc", "contract"})(inspect.unwrap(function))
 
 
 def _instruction(function: Callable[..., Any]) -> Any:
@@ -42,8 +44,12 @@ def _instruction(function: Callable[..., Any]) -> Any:
 
 
 def _called_from_c(function: Callable[..., Any]) -> Any:
-    """The function compiled for calls from C: it takes an address."""
-    return cfunc(types.int64(types.int64))(inspect.unwrap(function))
+    """The function, which takes an address, compiled for calls from C; takes a second or two."""
+    signature, function = types.int64(types.int64), inspect.unwrap(function)
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no folder that could be written to
+        return cfunc(signature)(function)
 
 
 def product(
@@ -139,12 +145,35 @@ def _multiply(x: Any, weight: Any, scales: Any, out: Any, first: int, last: int)
 # none comes. A product is cut into pieces, of which whoever is free takes the next; the thread
 # that brought the product never waits for a helper that has not taken a piece of it.
 
-_NEXT, _DONE, _BUSY, _HELPERS, _TASK = 0, 16, 32, 48, 64
-"""Places in the state, apart so that threads do not wait for each other's cache lines: the next
-piece, how many are done, whether there is a product, how many helpers; and the product."""
-_STATE = np.zeros(_TASK + 8, np.int64)
+_NEXT, _DONE, _BUSY, _HELPERS, _PIECES, _HELP, _TASK = 0, 16, 32, 48, 64, 65, 66
+"""Places in the state, some apart so that threads do not wait for each other's cache lines: the
+next piece, how many are done, whether there is a product, how many helpers; into how many pieces a
+product is cut, and the helpers' function; and the product."""
+_TASK_SIZE = 8
+_STATE = np.zeros(_TASK + _TASK_SIZE, np.int64)
+_STATE_NAME = "grokkit_few_rows_state"
 _ASKS = 4000
 """How often a helper asks in vain before it ends: about a millisecond."""
+
+_address, _status = types.voidptr, types.int32
+_yield_core = types.ExternalFunction("sched_yield", _status())
+_start_thread = types.ExternalFunction(
+    "pthread_create", _status(_address, _address, _address, _address)
+)
+_leave_thread = types.ExternalFunction("pthread_detach", _status(types.int64))
+
+
+@_instruction
+def _state(typing_context):
+    """Where the state lies, which a stored program finds by its name."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        state = builder.module.globals.get(_STATE_NAME)
+        if state is None:
+            state = cgutils.add_global_variable(builder.module, cgutils.intp_t, _STATE_NAME)
+        return builder.ptrtoint(state, cgutils.intp_t)
+
+    return types.int64(), codegen
 
 
 def _atomic(operation: str) -> Any:
@@ -165,8 +194,8 @@ _add, _exchange = _atomic("add"), _atomic("xchg")
 
 
 @_compiled
-def _piece(state_at: int, piece: int, pieces: int) -> None:
-    task = _words(state_at + 8 * _TASK, 8)
+def _piece(task: Any, piece: int, pieces: int) -> None:
+    """One piece of a product: where the four arrays begin; rows, k, groups and n."""
     rows, groups, size, n = task[4], task[6], task[5] // task[6], task[7]
     x = carray(_pointer(task[0]), (rows, groups, size), dtype=np.float32)
     weight = carray(_pointer(task[1]), (n, groups, size), dtype=np.int8)
@@ -175,73 +204,52 @@ def _piece(state_at: int, piece: int, pieces: int) -> None:
     _multiply(x, weight, scales, out, n * piece // pieces, n * (piece + 1) // pieces)
 
 
-def _sharing() -> Any:
-    """Compile the function that runs a product, with the threads' common state."""
-    yield_core, start_thread, leave_thread = _library()
-    _STATE[:] = 0
-    pieces = 8 * _cores()
-    _STATE[_NEXT] = pieces
-    state = _STATE.ctypes.data
-    next_at, done_at, busy_at, helpers_at = (
-        state + 8 * place for place in (_NEXT, _DONE, _BUSY, _HELPERS)
-    )
-
-    @_compiled
-    def take_pieces() -> int:
-        taken = 0
-        while _add(next_at, 0) < pieces:
-            piece = _add(next_at, 1)
-            if piece < pieces:
-                _piece(state, piece, pieces)
-                _add(done_at, 1)
-                taken += 1
-        return taken
-
-    @_called_from_c
-    def helper(_: int) -> int:
-        asked = 0
-        while asked < _ASKS:
-            asked = 0 if take_pieces() else asked + 1
-            yield_core()
-        _add(helpers_at, -1)
-        return 0
-
-    helper_at = helper.address
-
-    @_compiled
-    def share(x, weight, scales, out, rows, k, groups, n, threads):
-        alone = threads == 1 or _exchange(busy_at, 1) == 1
-        task = np.empty(_TASK + 8, np.int64) if alone else _words(state, _TASK + 8)
-        task[_TASK], task[_TASK + 1], task[_TASK + 2] = x, weight, scales
-        task[_TASK + 3], task[_TASK + 4], task[_TASK + 5] = out, rows, k
-        task[_TASK + 6], task[_TASK + 7] = groups, n
-        if alone:
-            _piece(np.int64(task.ctypes.data), 0, 1)
-            return
-        _exchange(done_at, 0)
-        _exchange(next_at, 0)
-        for _ in range(threads - 1 - _add(helpers_at, 0)):
-            thread = np.empty(1, np.int64)
-            where = _pointer(np.int64(thread.ctypes.data))
-            if start_thread(where, _pointer(0), _pointer(helper_at), _pointer(0)) == 0:
-                _add(helpers_at, 1)
-                leave_thread(thread[0])
-        take_pieces()
-        while _add(done_at, 0) < pieces:
-            yield_core()
-        _exchange(busy_at, 0)
-
-    return share
+@_compiled
+def _take_pieces() -> int:
+    """Run pieces of the present product, if there is one, until none is left; how many."""
+    state = _state()
+    pieces, taken = _words(state + 8 * _PIECES, 1)[0], 0
+    while _add(state + 8 * _NEXT, 0) < pieces:
+        piece = _add(state + 8 * _NEXT, 1)
+        if piece < pieces:
+            _piece(_words(state + 8 * _TASK, _TASK_SIZE), piece, pieces)
+            _add(state + 8 * _DONE, 1)
+            taken += 1
+    return taken
 
 
-def _library() -> tuple[Any, Any, Any]:
-    """The C library's functions: let other threads run, start one, and leave one to itself."""
-    library = ctypes.CDLL(None)
-    functions = library.sched_yield, library.pthread_create, library.pthread_detach
-    arguments = [], [ctypes.c_void_p] * 4, [ctypes.c_int64]
-    for function, argtypes in zip(functions, arguments, strict=True):
-        function.argtypes, function.restype = argtypes, ctypes.c_int
-    return functions
+def _help(_: int) -> int:
+    """What a helper does, until it has asked in vain for long enough."""
+    asked = 0
+    while asked < _ASKS:
+        asked = 0 if _take_pieces() else asked + 1
+        _yield_core()
+    _add(_state() + 8 * _HELPERS, -1)
+    return 0
+
+
+@_compiled
+def _share(task: Any, threads: int) -> None:
+    """Run a product with helpers, unless they are at another's."""
+    state = _state()
+    if threads == 1 or _exchange(state + 8 * _BUSY, 1) == 1:
+        _piece(task, 0, 1)
+        return
+    shared = _words(state + 8 * _TASK, _TASK_SIZE)
+    for i in range(_TASK_SIZE):
+        shared[i] = task[i]
+    _exchange(state + 8 * _DONE, 0)
+    _exchange(state + 8 * _NEXT, 0)
+    function, thread = _pointer(_words(state + 8 * _HELP, 1)[0]), np.empty(1, np.int64)
+    where = _pointer(np.int64(thread.ctypes.data))
+    for _ in range(threads - 1 - _add(state + 8 * _HELPERS, 0)):
+        if _start_thread(where, _pointer(0), function, _pointer(0)) == 0:
+            _add(state + 8 * _HELPERS, 1)
+            _leave_thread(thread[0])
+    _take_pieces()
+    while _add(state + 8 * _DONE, 0) < _words(state + 8 * _PIECES, 1)[0]:
+        _yield_core()
+    _exchange(state + 8 * _BUSY, 0)
 
 
 # What XLA calls. Every field of its C structures that is used here takes 8 bytes; the numbers
@@ -269,39 +277,38 @@ def _words(address: int, n: int) -> Any:
     return carray(_pointer(address), (n,), dtype=np.int64)
 
 
-def _handler() -> Any:
-    """Compile what XLA calls; takes about a second."""
-    share = _sharing()
-
-    @_called_from_c
-    def handler(frame_at: int) -> int:
-        frame = _words(frame_at, _FRAME_SIZE)
-        if frame[_FRAME_EXTENSION] != 0:
-            extension = _words(frame[_FRAME_EXTENSION], 4)
-            if np.int32(extension[_EXTENSION_TYPE]) == _METADATA:
-                _words(extension[_EXTENSION_METADATA], 4)[_METADATA_VERSION] = _VERSION
-                return 0
-        arguments, results = _words(frame[_FRAME_ARGUMENTS], 4), _words(frame[_FRAME_RESULTS], 1)
-        x, weight = _words(arguments[0], _BUFFER_SIZE), _words(arguments[1], _BUFFER_SIZE)
-        scales, numbers = _words(arguments[2], _BUFFER_SIZE), _words(arguments[3], _BUFFER_SIZE)
-        out = _words(results[0], _BUFFER_SIZE)
-        shape, n = _words(x[_SIZES], 2), _words(out[_SIZES], 2)[0]
-        place, groups, threads = carray(_pointer(numbers[_DATA]), (3,), dtype=np.int32)
-        share(
-            x[_DATA], weight[_DATA] + place * n * shape[1],
-            scales[_DATA] + 2 * place * n * groups, out[_DATA],
-            shape[0], shape[1], np.int64(groups), n, np.int64(threads),
-        )  # fmt: skip
-        return 0
-
-    return handler
+def _handle(frame_at: int) -> int:
+    """Answer XLA: it asks which version this is, or for a product."""
+    frame = _words(frame_at, _FRAME_SIZE)
+    if frame[_FRAME_EXTENSION] != 0:
+        extension = _words(frame[_FRAME_EXTENSION], 4)
+        if np.int32(extension[_EXTENSION_TYPE]) == _METADATA:
+            _words(extension[_EXTENSION_METADATA], 4)[_METADATA_VERSION] = _VERSION
+            return 0
+    arguments, results = _words(frame[_FRAME_ARGUMENTS], 4), _words(frame[_FRAME_RESULTS], 1)
+    x, weight = _words(arguments[0], _BUFFER_SIZE), _words(arguments[1], _BUFFER_SIZE)
+    scales, numbers = _words(arguments[2], _BUFFER_SIZE), _words(arguments[3], _BUFFER_SIZE)
+    out = _words(results[0], _BUFFER_SIZE)
+    (rows, k), n = _words(x[_SIZES], 2), _words(out[_SIZES], 1)[0]
+    place, groups, threads = carray(_pointer(numbers[_DATA]), (3,), dtype=np.int32)
+    task = np.empty(_TASK_SIZE, np.int64)
+    task[0], task[3] = x[_DATA], out[_DATA]
+    task[1], task[2] = weight[_DATA] + place * n * k, scales[_DATA] + 2 * place * n * groups
+    task[4], task[5], task[6], task[7] = rows, k, groups, n
+    _share(task, threads)
+    return 0
 
 
 @functools.cache
-def _register() -> None:
-    """Make the product known to XLA."""
+def _register() -> tuple[Any, Any]:
+    """Make the product known to XLA; returns what must live as long as XLA may call it."""
+    llvmlite.binding.add_symbol(_STATE_NAME, _STATE.ctypes.data)
+    _STATE[_PIECES] = _STATE[_NEXT] = 8 * _cores()
+    helper, handler = _called_from_c(_help), _called_from_c(_handle)
+    _STATE[_HELP] = helper.address
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype = ctypes.py_object
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    target = capsule(_handler().address, b"xla._CUSTOM_CALL_TARGET", None)
+    target = capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None)
     jax.ffi.register_ffi_target(_TARGET, target, platform="cpu", api_version=1)
+    return helper, handler

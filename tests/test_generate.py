@@ -1,8 +1,11 @@
 """Sampling by its definition, and generation against full forward passes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 import reference
 from hypothesis import assume, given, settings
@@ -13,6 +16,7 @@ import grokkit
 from grokkit import generate
 from grokkit.errors import PromptError
 from grokkit.generate import bucket, generate_tokens, pad_right
+from grokkit.model import initialise, place
 from grokkit.sampling import Rows, Sampling, nucleus, sample
 
 PROBS = np.array([0.3, 0.02, 0.25, 0.05, 0.15, 0.03, 0.08, 0.12])
@@ -348,3 +352,21 @@ def test_the_whole_context_can_be_used(lm8):
 def test_the_largest_seed_wraps_around(lm8):
     rows = Sampling(seed=2**32 - 1).rows(2, 256)
     assert rows.seed.tolist() == [2**32 - 1, 0]
+
+
+def test_memory_stays_level_over_two_thousand_tokens(tiny_config):
+    config = dataclasses.replace(tiny_config, context_length=2200)
+    mesh = grokkit.make_mesh(1, 1)
+    model = place(initialise(config, jax.random.key(0)), mesh)
+    process, held, resident = psutil.Process(), [], []
+    pieces = generate_tokens(model, mesh, [[5, 6, 7]], 2000, Sampling(seed=1), block=8)
+    for i, piece in enumerate(pieces):
+        np.asarray(piece.draws.token)
+        if i % 10:
+            continue
+        held.append(sum(a.nbytes for a in jax.live_arrays()))
+        resident.append(process.memory_info().rss)
+    assert len(held) > 20
+    # The last round has no next one under way.
+    assert max(held[1:]) - min(held[1:]) < 2000 * 4, "arrays are kept from step to step"
+    assert max(resident[len(resident) // 2 :]) - resident[len(resident) // 4] < 16 * 2**20
