@@ -2,7 +2,7 @@
 
 from grokkit.activation_cache import ActivationCache
 from grokkit.batch_run import batch
-from grokkit.checkpoint import convert
+from grokkit.checkpoint import convert, download
 from grokkit.config import GROK_1, NANO, GrokConfig
 from grokkit.edits import (
     Add,
@@ -43,6 +43,7 @@ __all__ = [
     "SwapExperts",
     "batch",
     "convert",
+    "download",
     "load",
     "make_mesh",
     "to_host",

@@ -1,4 +1,4 @@
-"""The command line: `grokkit sample`, `inspect` and `convert`."""
+"""The command line: `grokkit sample`, `inspect`, `convert` and `download`."""
 
 import argparse
 import dataclasses

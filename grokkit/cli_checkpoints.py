@@ -1,11 +1,12 @@
-"""The commands that write checkpoints: `grokkit convert`."""
+"""The commands that write checkpoints: `grokkit convert` and `grokkit download`."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-from grokkit.checkpoint import convert
+from grokkit.checkpoint import convert, download
 from grokkit.checkpoint.converting import DTYPES, LAYOUTS
+from grokkit.checkpoint.downloading import REPOSITORY
 from grokkit.checkpoint.plan_files import SHARD_BYTES
 from grokkit.zoo import shipped
 
@@ -51,10 +52,27 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     convert.add_argument("--no-progress", action="store_true", help="no progress bars")
 
+    download = commands.add_parser(
+        "download", help="fetch the official weights",
+        description="Fetch a checkpoint from the Hugging Face Hub, 318 GB for the official one, and "
+        "compare every file's digest. What was cut off goes on where it stopped. Needs "
+        "huggingface_hub: pip install 'grokkit[hub]'.",
+    )  # fmt: skip
+    download.set_defaults(run=_download)
+    download.add_argument("target", metavar="DIR", help="the directory to fill")
+    download.add_argument(
+        "--repository", default=REPOSITORY, metavar="OWNER/NAME", help="(default: %(default)s)"
+    )
+    download.add_argument(
+        "--revision", default=None, metavar="REV",
+        help="a branch, tag or commit (default: the main branch)",
+    )  # fmt: skip
+    download.add_argument("--no-progress", action="store_true", help="no progress bars")
+
 
 def writes_files(run: Callable[..., None]) -> bool:
     """Whether a command writes files, and so must tidy up after Ctrl-C."""
-    return run is _convert
+    return run in (_convert, _download)
 
 
 def _size(text: str) -> int:
@@ -80,3 +98,14 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"{checkpoint.directory}: {checkpoint.describe('official')}")
     if options.verify:
         print("every tensor is as in the source")
+
+
+def _download(options: argparse.Namespace) -> None:
+    progress = not options.no_progress
+    checkpoint = download(options.target, options.repository, options.revision, progress)
+    print(f"{checkpoint.directory}: {checkpoint.describe('official')}")
+    if checkpoint.tokenizer_file is None:
+        print(
+            "text needs tokenizer.model beside the weights: take it from the original repository, "
+            "https://github.com/xai-org/grok-1"
+        )

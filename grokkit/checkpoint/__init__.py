@@ -4,6 +4,7 @@ A checkpoint is data: nothing in it is ever unpickled, imported or executed.
 """
 
 from grokkit.checkpoint.converting import convert
+from grokkit.checkpoint.downloading import download
 from grokkit.checkpoint.fingerprint import fingerprint
 from grokkit.checkpoint.finite import NonFinite, check_content, check_finite, find_non_finite
 from grokkit.checkpoint.loading import load_params, stored_specs
@@ -24,6 +25,7 @@ __all__ = [
     "check_content",
     "check_finite",
     "convert",
+    "download",
     "encoded_size",
     "find_non_finite",
     "fingerprint",

@@ -13,6 +13,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from helpers import reference_weights, relative_error
 
 import grokkit
 from grokkit import cli
@@ -134,6 +136,17 @@ def test_4_bits(golden, golden_weights, before, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="'group_split' of size 11"):
             grokkit.load(tmp_path / "x", grokkit.make_mesh(1, 2), progress=False)
         assert dict(grokkit.load(tmp_path / "x", progress=False).mesh.shape)["model"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"experts": "int4", "group_size": 8}, {"dtype": "bfloat16"}])
+def test_what_is_computed_from_them(golden, golden_arrays, options, tmp_path):
+    """Float32 arithmetic on the rounded matrices against float64 on the same."""
+    convert(golden, tmp_path / "x", progress=False, **options)
+    lm = grokkit.load(tmp_path / "x", grokkit.make_mesh(1, 1), "float32", progress=False)
+    tokens = golden_arrays["tokens"]
+    exact = reference.forward(reference_weights(lm.model), lm.config, tokens)["logits"]
+    assert relative_error(lm(tokens).logits, exact) < 1e-5
 
 
 # Refused before anything is written

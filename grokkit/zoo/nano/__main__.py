@@ -1,4 +1,4 @@
-"""`python -m grokkit.zoo.nano tokenizer|train|export|evaluate`."""
+"""`python -m grokkit.zoo.nano tokenizer|train|export|evaluate|compare`."""
 
 import argparse
 import datetime
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     for name, help in [
         ("export", "quantise the run's latest state into the shipped checkpoint"),
         ("evaluate", "measure a checkpoint, print a table and write card.json beside it"),
+        ("compare", "measure what experts in 4 bits cost a checkpoint, and print a table"),
     ]:
         sub = command(name, help)
         sub.add_argument(
@@ -84,6 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         step = export(Recipe(), options.run, options.model)
         print(f"step {step} is now {options.model}; measure it with `evaluate`")
+    elif options.command == "compare":
+        from grokkit.zoo.nano.compare import compare_4_bits
+        from grokkit.zoo.nano.data import load_corpus
+
+        print(compare_4_bits(options.model, load_corpus(options.run)))
     else:
         _evaluate(options)
 
