@@ -40,7 +40,7 @@ _WRITTEN = (
 )  # fmt: skip
 
 
-Ids = int | Sequence[int] | np.ndarray | Array
+Ids = int | np.integer | Sequence[int] | np.ndarray | Array
 
 
 @dataclasses.dataclass(frozen=True)
