@@ -28,9 +28,11 @@ from grokkit.generate import (
     pad_right,
     padded_length,
     prefill_in_parts,
+    to_host_async,
 )
 from grokkit.kv_cache import KVCache, put_row, put_rows
 from grokkit.language_model import LanguageModel, StreamedToken
+from grokkit.processes import to_host
 from grokkit.sampling import Allowed, Draw, Sampling, stack
 from grokkit.stop_strings import StopStrings
 
@@ -72,9 +74,12 @@ class Generation:
         return "".join(token.text for token in self.tokens)
 
     def cancel(self) -> None:
-        """End it here; its slot goes to the next request. Nothing happens if it has ended."""
+        """End it here; its slot goes to the next request. Nothing happens if it has ended.
+
+        Tokens that may be the beginning of a stop string are left out.
+        """
         if self.finish_reason is None:
-            self._finish("cancelled")
+            self.finish_reason = "cancelled"
             self._batch._forget(self)
 
     def result(self) -> str:
@@ -318,7 +323,7 @@ class ContinuousBatch:
     def _row_counts(self, size: int) -> list[int]:
         """How many prompts of a padded length may be run at once on each part of the mesh."""
         most = min(self._slots_a_part, max(1, PREFILL_PART // size))
-        return [*(1 << i for i in range((most - 1).bit_length())), most]
+        return [*(n for n in (1, 4, 16, 64, 256) if n < most), most]
 
     @property
     def _slots_a_part(self) -> int:
@@ -413,9 +418,7 @@ class ContinuousBatch:
 
     def _ask_for(self, draws: Draw, owners: list[Generation | None], n: int) -> None:
         """Note that `n` tokens of each owner are on their way; slots are free of the last ones."""
-        for a in jax.tree.leaves(draws):
-            a.copy_to_host_async()
-        self._unread.append(_Round(draws, owners))
+        self._unread.append(_Round(to_host_async(draws), owners))
         for generation in owners:
             if generation is not None:
                 generation._asked += n
@@ -425,7 +428,7 @@ class ContinuousBatch:
     def _hand_out(self, found: _Round) -> None:
         if not any(found.owners):
             return
-        draws = jax.tree.map(np.asarray, found.draws)
+        draws = to_host(found.draws)
         for step in range(draws.token.shape[0]):
             for row, generation in enumerate(found.owners):
                 if generation is not None:

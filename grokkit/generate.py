@@ -214,7 +214,7 @@ def _rounds(
         state, draw, captured = prefill_in_parts(
             model, tokens, lengths, cache, on_rows, captures, edits
         )
-    pending = Piece(jax.tree.map(lambda a: a[None], _to_host_async(draw)), captured)
+    pending = Piece(jax.tree.map(lambda a: a[None], to_host_async(draw)), captured)
     yield pending  # at once: the first token need not wait for the decode step's compilation
     pending, done = None, 1
     while done < max_len:
@@ -223,13 +223,13 @@ def _rounds(
         # The next block is under way on the device while this one's tokens are read.
         if pending is not None:
             yield pending
-        pending = Piece(_to_host_async(draws), captured)
+        pending = Piece(to_host_async(draws), captured)
         done += block
     if pending is not None:
         yield pending
 
 
-def _to_host_async(tree: PyTree[Array]) -> PyTree[Array]:
+def to_host_async(tree: PyTree[Array]) -> PyTree[Array]:
     for a in jax.tree.leaves(tree):
         if a.is_fully_addressable:
             a.copy_to_host_async()

@@ -99,21 +99,32 @@ def batch(lm):
     return ContinuousBatch(lm, slots=4, block=2)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_schedules_change_no_token(seed, batch, lm, pool):
-    reasons = random_schedule(batch, lm, pool, np.random.default_rng(seed))
-    assert {"end", "stop", "length"} <= reasons
+@pytest.fixture(scope="module")
+def plain(pool):
+    """Those of the pool that need no program of their own."""
+    rare = {"allowed", "top_k", "repetition_penalty"}
+    return [request for request in pool if not rare & request[1].keys()]
 
 
-def test_slots_over_the_data_axis(tiny_config, lm, pool):
+def test_random_schedules_change_no_token(batch, lm, plain):
+    reasons = set()
+    for seed in range(16):
+        reasons |= random_schedule(batch, lm, plain, np.random.default_rng(seed))
+    assert {"stop", "length", "cancelled"} <= reasons
+
+
+@pytest.mark.slow
+def test_random_schedules_of_all_settings_change_no_token(batch, lm, pool):
+    reasons = set()
+    for seed in range(16, 80):
+        reasons |= random_schedule(batch, lm, pool, np.random.default_rng(seed))
+    assert {"end", "stop", "length", "cancelled"} <= reasons
+
+
+def test_slots_over_the_data_axis(tiny_config, lm, plain):
     mesh = grokkit.make_mesh(2, 2)
     spread = LanguageModel(random_model(tiny_config, 0, mesh), mesh, lm.tokenizer)
     batch = ContinuousBatch(spread, slots=2, block=2)
-    plain = [
-        request
-        for request in pool
-        if not {"allowed", "top_k", "repetition_penalty"} & request[1].keys()
-    ]
     random_schedule(batch, lm, plain, np.random.default_rng(99))
     keys = batch._state.cache.keys
     assert keys.sharding.shard_shape(keys.shape)[1] == 1
@@ -211,9 +222,15 @@ def test_an_interrupt_cancels_what_runs_and_spares_what_waits(lm, batch, pool, m
     assert waiting.result() == expected(lm, prompt, tokens, 5, None)[0]
 
 
-def test_programs_of_settings_that_few_use_are_left_when_they_end(batch, pool):
-    constrained = batch.submit(pool[1][0], 3, **pool[1][1])
-    constrained.result()
+def test_settings_that_few_use_beside_others(lm, batch, pool):
+    """Texts that end, a repetition penalty, and their programs, which are left when they end."""
+    wanted = [pool[4], pool[1], pool[0], pool[5]]
+    found = [batch.submit(prompt, 20, **request) for prompt, request, _ in wanted]
+    batch.run()
+    for generation, (prompt, _, tokens) in zip(found, wanted, strict=True):
+        text, reason = expected(lm, prompt, tokens, 20, None)
+        assert (generation.text, generation.finish_reason) == (text, reason)
+    assert "end" in {g.finish_reason for g in found}
     batch.submit(pool[0][0], 6, temperature=0.0).result()
     assert batch._state.seen is None
 

@@ -110,7 +110,7 @@ def model(config, **changes) -> LanguageModelConfig:
 
 def runner(config, checkpoint, bs_per_device=1, in_runner=None, in_model=None, **changes):
     options = {
-        "pad_sizes": (16, 32), "name": "local", "load": str(checkpoint),
+        "pad_sizes": (32,), "name": "local", "load": str(checkpoint),
         "tokenizer_path": str(checkpoint / "tokenizer.model"), "local_mesh_config": (1, 2),
     } | changes  # fmt: skip
     model_runner = ModelRunner(
@@ -124,7 +124,7 @@ def runner(config, checkpoint, bs_per_device=1, in_runner=None, in_model=None, *
 def server(tiny_config, checkpoint):
     inference_runner = runner(tiny_config, checkpoint)
     inference_runner.initialize()
-    assert inference_runner.get_pad_bucket(3) == 16 and inference_runner.get_pad_bucket(17) == 32
+    assert inference_runner.get_pad_bucket(3) == 32
     return inference_runner.run()
 
 
