@@ -6,10 +6,12 @@ XLA calls through its foreign function interface (the C structures of `xla/ffi/a
 XLA keeps compatible). It computes in float32, from the float32 rows as they are.
 """
 
+import atexit
 import ctypes
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -299,6 +301,13 @@ def _handle(frame_at: int) -> int:
     return 0
 
 
+def _await_helpers() -> None:
+    """Let helpers end before what they run is taken down with the process."""
+    deadline = time.monotonic() + 1
+    while _STATE[_HELPERS] > 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 @functools.cache
 def _register() -> tuple[Any, Any]:
     """Make the product known to XLA; returns what must live as long as XLA may call it."""
@@ -306,6 +315,7 @@ def _register() -> tuple[Any, Any]:
     _STATE[_PIECES] = _STATE[_NEXT] = 8 * _cores()
     helper, handler = _called_from_c(_help), _called_from_c(_handle)
     _STATE[_HELP] = helper.address
+    atexit.register(_await_helpers)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype = ctypes.py_object
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
