@@ -17,6 +17,7 @@ from grokkit.errors import PromptError
 from grokkit.generate import PREFILL_PART, check_prompt, pad_right, padded_length
 from grokkit.kv_cache import KVCache
 from grokkit.model import Grok
+from grokkit.processes import to_host
 
 Text = str | Sequence[str]
 
@@ -214,7 +215,7 @@ def _run(
             on_rows = (jax.device_put(a, P("data")) for a in arrays)
             cache, logprobs = _part(model, cache, *on_rows)
             pieces.append(logprobs)
-    return np.concatenate([np.asarray(p) for p in pieces], axis=1)
+    return np.concatenate(to_host(pieces), axis=1)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
