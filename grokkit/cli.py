@@ -190,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         "--virtual-devices", type=int, default=None, metavar="N",
         help="split the CPU into N devices, to try a mesh without the hardware (default: no split)",
     )  # fmt: skip
+    sample.add_argument(
+        "--stream", action="store_true",
+        help="leave the layers on disk and read them again for each token, two in memory at most: "
+        "for a model that does not fit",
+    )  # fmt: skip
     sample.add_argument("--no-progress", action="store_true", help="no progress bar while loading")
     sample.add_argument(
         "--processes", type=_processes, default=None, metavar="N",
@@ -266,7 +271,10 @@ def _sample(options: argparse.Namespace) -> None:
         grokkit.virtual_devices(options.virtual_devices)
     _join_processes(options)
     mesh = processes.agree(lambda: _prepare(options), together=options.processes is not None)
-    lm = grokkit.load(options.checkpoint, mesh, options.dtype, progress=not options.no_progress)
+    lm = grokkit.load(
+        options.checkpoint, mesh, options.dtype, progress=not options.no_progress,
+        stream=options.stream,
+    )  # fmt: skip
     if options.prompts is not None:
         _sample_all(options, lm, read_prompts(options.prompts))
         return

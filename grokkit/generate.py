@@ -6,7 +6,6 @@ rarely compiles anything.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, PyTree
 
+from grokkit.compiled import compiled, repeat
 from grokkit.config import GrokConfig
 from grokkit.errors import PromptError
 from grokkit.kv_cache import KVCache
 from grokkit.model import Grok
 from grokkit.sampling import Draw, Rows, Sampling, mark_seen, sample
+from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture, Change
 
 PREFILL_PART = 1024
@@ -39,9 +40,9 @@ class State(NamedTuple):
     """Which tokens each has been fed, where a setting asks for it."""
 
 
-@functools.partial(jax.jit, static_argnames=("captures",), donate_argnames=("cache", "seen"))
+@compiled(static_argnames=("captures",), donate_argnames=("cache", "seen"))
 def _prefill(
-    model: Grok,
+    model: Grok | StreamedGrok,
     tokens: Array,
     lengths: Array,
     cache: KVCache,
@@ -65,7 +66,7 @@ def _prefill(
 
 
 def prefill_in_parts(
-    model: Grok,
+    model: Grok | StreamedGrok,
     tokens: np.ndarray,
     lengths: np.ndarray,
     cache: KVCache,
@@ -77,7 +78,10 @@ def prefill_in_parts(
 
     What is captured is one array for the whole prompt, so that then there is one part.
     """
-    part = tokens.shape[1] if captures else min(PREFILL_PART, tokens.shape[1])
+    # Nor is there more than one pass of a streamed model, which cuts it in parts by itself.
+    part = tokens.shape[1]
+    if not captures and not model.is_streamed:
+        part = min(PREFILL_PART, part)
     draw, captured = None, {}
     seen = None
     if rows.constraints is not None:
@@ -107,9 +111,9 @@ def _keep(new: Bool[Array, " batch"], drawn: Draw, draw: Draw) -> Draw:
     return jax.tree.map(pick, drawn, draw)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("state",))
+@compiled(static_argnames=("n", "captures"), donate_argnames=("state",))
 def decode(
-    model: Grok,
+    model: Grok | StreamedGrok,
     state: State,
     rows: Rows,
     n: int,
@@ -129,7 +133,7 @@ def decode(
         cache = eqx.tree_at(lambda c: c.visible, state.cache, visible)
         state = state._replace(cache=cache)
 
-    def step(state: State, _: None) -> tuple[State, tuple[Draw, dict[str, Any]]]:
+    def step(state: State) -> tuple[State, tuple[Draw, dict[str, Any]]]:
         cache, token, seen = state
         counts = None
         if active is not None:
@@ -142,7 +146,7 @@ def decode(
         draw = sample(out.logits[:, 0], rows, out.cache.length, seen)
         return State(out.cache, draw.token, seen), (draw, out.captured)
 
-    state, (draws, captured) = jax.lax.scan(step, state, length=n)
+    state, (draws, captured) = repeat(model, step, state, n)
     return state, draws, captured
 
 
@@ -156,7 +160,7 @@ class Piece:
 
 
 def generate_tokens(
-    model: Grok,
+    model: Grok | StreamedGrok,
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     max_len: int,
@@ -188,7 +192,7 @@ def generate_tokens(
 
 
 def _rounds(
-    model: Grok,
+    model: Grok | StreamedGrok,
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     max_len: int,
@@ -217,6 +221,8 @@ def _rounds(
     pending = Piece(jax.tree.map(lambda a: a[None], to_host_async(draw)), captured)
     yield pending  # at once: the first token need not wait for the decode step's compilation
     pending, done = None, 1
+    if model.is_streamed:
+        block = 1  # each token costs a pass over the disk, and the caller may want no more
     while done < max_len:
         with jax.set_mesh(mesh):
             state, draws, captured = decode(model, state, on_rows, block, captures, edits)
@@ -225,6 +231,9 @@ def _rounds(
             yield pending
         pending = Piece(to_host_async(draws), captured)
         done += block
+        if model.is_streamed:
+            yield pending
+            pending = None
     if pending is not None:
         yield pending
 

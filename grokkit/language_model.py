@@ -1,7 +1,6 @@
 """What a user holds: a model, its tokenizer and the mesh it lies on."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,9 +24,16 @@ from grokkit.checkpoint import (
     stored_specs,
 )
 from grokkit.checkpoint.manifest import sha256
+from grokkit.compiled import compiled
 from grokkit.config import GrokConfig
 from grokkit.edits import Edit, resolve
-from grokkit.errors import CheckpointError, ConfigError, PromptError, TokenizerError
+from grokkit.errors import (
+    CheckpointError,
+    ConfigError,
+    GrokkitError,
+    PromptError,
+    TokenizerError,
+)
 from grokkit.generate import check_prompts, generate_tokens, pad_right
 from grokkit.inspection import (
     Bill,
@@ -41,7 +47,8 @@ from grokkit.model import Grok, Output, check_mesh, param_specs
 from grokkit.processes import agree, is_first, spans_processes, to_host
 from grokkit.sampling import Allowed, Sampling
 from grokkit.scoring import Score
-from grokkit.sharding import make_mesh, release
+from grokkit.sharding import abstract, make_mesh, release
+from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
@@ -68,9 +75,9 @@ class StreamedToken:
         return self.text
 
 
-@functools.partial(jax.jit, static_argnames=("captures",))
+@compiled(static_argnames=("captures",))
 def _forward(
-    model: Grok,
+    model: Grok | StreamedGrok,
     tokens: Array,
     lengths: Array,
     captures: tuple[Capture, ...],
@@ -82,12 +89,18 @@ def _forward(
 class LanguageModel:
     """A Grok-1-shaped model ready to use; `grokkit.load` makes one."""
 
-    def __init__(self, model: Grok, mesh: Mesh, tokenizer: Tokenizer | None, name: str = "model"):
+    def __init__(
+        self,
+        model: Grok | StreamedGrok,
+        mesh: Mesh,
+        tokenizer: Tokenizer | None,
+        name: str = "model",
+    ):
         """Put together parts that fit: see `load` for the usual way.
 
         **Arguments:**
 
-        - `model`: the Equinox pytree, laid out over `mesh`.
+        - `model`: the Equinox pytree, laid out over `mesh`, or a streamed model.
         - `mesh`: with axes `data` and `model`, as `make_mesh` makes it.
         - `tokenizer`: with as many pieces as the model's vocabulary, or `None` to work with token
             ids only.
@@ -98,7 +111,8 @@ class LanguageModel:
                 f"{name}: expected a tokenizer of {model.config.vocab_size} pieces, as the model's "
                 f"vocabulary, found {tokenizer.vocab_size}"
             )
-        self.model = model
+        self.runnable = model
+        """What is called: the pytree, or a model streamed from disk."""
         self.mesh = mesh
         self._tokenizer = tokenizer
         self.name = name
@@ -106,7 +120,7 @@ class LanguageModel:
     @property
     def config(self) -> GrokConfig:
         """The model's sizes and constants."""
-        return self.model.config
+        return self.runnable.config
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -126,8 +140,20 @@ class LanguageModel:
             f"LanguageModel({self.name!r}: {c.n_params:,} parameters, {c.n_layers} layers, "
             f"d_model {c.d_model}, {c.n_heads} heads, {c.n_experts} experts of which "
             f"{c.n_experts_per_token} a token, vocab {c.vocab_size}, context {c.context_length}; "
-            f"{jnp.dtype(self.model.dtype).name}; mesh {mesh} of {device})"
+            f"{jnp.dtype(self.runnable.dtype).name}; mesh {mesh} of {device}"
+            f"{'; layers streamed from disk' if self.runnable.is_streamed else ''})"
         )
+
+    @property
+    def model(self) -> Grok:
+        """The Equinox pytree, all weights in memory. **Raises:** `GrokkitError` if it is streamed."""
+        if isinstance(self.runnable, StreamedGrok):
+            raise GrokkitError(
+                f"{self.name}: this needs all layers in memory at once, and they are streamed from "
+                f"disk; load the model without stream=True, on as many devices as it takes "
+                f"(`grokkit plan` says how many)"
+            )
+        return self.runnable
 
     # Text and tokens
 
@@ -197,8 +223,11 @@ class LanguageModel:
         """Bytes that `run_with_cache` would keep, from shapes alone; nothing runs."""
         ids, lengths = self.prepare(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
+        model = self.runnable
+        if isinstance(model, StreamedGrok):
+            model = abstract(model.specs, self.mesh)
         with jax.set_mesh(self.mesh):
-            out = jax.eval_shape(lambda *a: _forward(*a, wanted, ()), self.model, ids, lengths)
+            out = jax.eval_shape(lambda *a: _forward(*a, wanted, ()), model, ids, lengths)
         return bill({c.key: out.captured[c.key] for c in wanted})
 
     def _run(
@@ -210,7 +239,7 @@ class LanguageModel:
     ) -> Output:
         resolved = self._resolve(edits, lengths.tolist())
         with jax.set_mesh(self.mesh):
-            return release(_forward(self.model, ids, lengths, captures, resolved))
+            return release(_forward(self.runnable, ids, lengths, captures, resolved))
 
     def prepare(
         self, tokens: Tokens
@@ -349,7 +378,7 @@ class LanguageModel:
         new: list[list[int]] = [[] for _ in ids]
         finished = [False] * len(ids)
         rounds = generate_tokens(
-            self.model, self.mesh, ids, max_len, sampling, captures=captures,
+            self.runnable, self.mesh, ids, max_len, sampling, captures=captures,
             edits=self._resolve(edits, lengths),
         )  # fmt: skip
         for i_round, piece in enumerate(rounds):
@@ -401,7 +430,7 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
         rounds = generate_tokens(
-            self.model, self.mesh, [ids], max_len, sampling, block=1,
+            self.runnable, self.mesh, [ids], max_len, sampling, block=1,
             edits=self._resolve(edits, [len(ids)]),
         )  # fmt: skip
         return self._stream(ids, rounds)
@@ -458,6 +487,7 @@ def load(
     dtype: Any = None,
     progress: bool = True,
     check: bool = False,
+    stream: bool = False,
 ) -> LanguageModel:
     """Load a model from a checkpoint.
 
@@ -474,6 +504,9 @@ def load(
     - `progress`: show a progress bar, in bytes.
     - `check`: read all float values first and refuse NaN or infinite ones; of a conversion, all
         files, and refuse altered ones.
+    - `stream`: leave the layers on disk. Each pass reads them one after the other, the next while
+        one is used, and holds two at most; all else, results included, is as with the model in
+        memory. For one that does not fit: a pass takes at least as long as reading the files.
 
     **Returns:** a `LanguageModel`.
 
@@ -487,7 +520,11 @@ def load(
     config = checkpoint.config
     compilation_cache.enable()
     specs = stored_specs(checkpoint, param_specs(config, dtype))
-    model = load_params(checkpoint, specs, mesh, progress=progress and is_first())
+    progress = progress and is_first()
+    if stream:
+        model = StreamedGrok(checkpoint, specs, mesh, progress)
+    else:
+        model = load_params(checkpoint, specs, mesh, progress=progress)
     return LanguageModel(model, mesh, tokenizer, str(source))
 
 

@@ -1,6 +1,6 @@
 """Grok-1: embedding, a stack of decoder layers, and the tied unembedding."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -77,11 +77,102 @@ class Block(eqx.Module):
         return tap("resid_post", x + tap("moe_out", self.moe_out_norm(moe_out))), cache
 
 
+class Rows(eqx.Module):
+    """What the layers need to know of the tokens of a pass."""
+
+    positions: Int[Array, "batch position"]
+    """Absolute position of each token."""
+    visible: Bool[Array, "batch key"]
+    """Which keys may be attended to, by absolute position."""
+    start: Int[Array, " batch"]
+    """Tokens before these, in the cache."""
+    counts: Int[Array, " batch"]
+    """How many of each row's tokens are real."""
+
+
+class Ends(eqx.Module):
+    """What lies before and after the layers."""
+
+    embedding: Embedding
+    final_norm: RMSNorm
+    config: GrokConfig = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def enter(
+        self,
+        tokens: Int[Array, "batch position"],
+        cache: KVCache | None,
+        lengths: Int[Array, " batch"] | None,
+        captures: tuple[Capture, ...],
+        edits: tuple[Change, ...],
+    ) -> tuple[Float[Array, "batch position d_model"], Rows, dict[str, Any]]:
+        """Embed tokens. **Returns:** the stream, what layers need besides, and what was kept."""
+        batch, n = tokens.shape
+        tokens = jax.reshard(tokens, P("data", None))
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+        start = jax.reshard(start, P("data"))
+        counts = jnp.full(batch, n, jnp.int32) if lengths is None else lengths
+        counts = jax.reshard(counts, P("data"))
+        positions = start[:, None] + jnp.arange(n, dtype=jnp.int32)
+        real = jnp.arange(n) < counts[:, None]
+        visible = real & (tokens != self.config.pad_token)
+        if cache is not None:
+            visible = mark_visible(cache.visible, visible, start)
+        tap = Tap(captures, edits, None, positions)
+        x = tap("embed", self.embedding.embed(tokens) * self.config.embedding_multiplier)
+        return x, Rows(positions, visible, start, counts), tap.captured
+
+    def leave(
+        self,
+        x: Float[Array, "batch position d_model"],
+        rows: Rows,
+        last_only: bool,
+        captures: tuple[Capture, ...],
+        edits: tuple[Change, ...],
+    ) -> tuple[Float[Array, "batch shown vocab"], dict[str, Any]]:
+        """Unembed the stream. **Returns:** logits, and what was kept."""
+        positions = rows.positions
+        if last_only:
+            x = jnp.take_along_axis(x, (rows.counts - 1)[:, None, None], axis=1)
+            positions = (rows.start + rows.counts - 1)[:, None]
+        tap = Tap(captures, edits, None, positions)
+        logits = self.embedding.unembed(tap("final_norm", self.final_norm(x)), self.dtype)
+        logits = tap("logits", logits * self.config.output_multiplier)
+        return logits, tap.captured
+
+
+def run_block(
+    block: Block,
+    x: Float[Array, "batch position d_model"],
+    rows: Rows,
+    cache: KVCache | None,
+    layer: Int[Array, ""],
+    dtype: Any,
+    captures: tuple[Capture, ...],
+    edits: tuple[Change, ...],
+) -> tuple[Float[Array, "batch position d_model"], KVCache | None, dict[str, Any]]:
+    """One layer under its own tap. **Returns:** the stream, the cache, and what was kept."""
+    tap = Tap(captures, edits, layer, rows.positions)
+    x, cache = block(x, rows.positions, rows.visible, cache, layer, dtype, tap)
+    return x, cache, tap.captured
+
+
+def with_tokens(cache: KVCache | None, rows: Rows) -> KVCache | None:
+    """The cache with a pass's tokens counted, once all layers have written theirs."""
+    if cache is None:
+        return None
+    after = (rows.visible, rows.start + rows.counts)
+    return eqx.tree_at(lambda c: (c.visible, c.length), cache, after)
+
+
 class Grok(eqx.Module):
     """The whole model. Every leaf of `blocks` has a leading layer axis.
 
     Run it under `jax.set_mesh(mesh)` with the mesh its arrays lie on.
     """
+
+    is_streamed: ClassVar[bool] = False
+    """Whether layers are read from disk as they are needed; see `StreamedGrok`."""
 
     embedding: Embedding
     blocks: Block
@@ -90,6 +181,11 @@ class Grok(eqx.Module):
     dtype: Any = eqx.field(static=True)
     """What matrix products round their operands to (see `einsum32`), float32 or bfloat16.
     Activations themselves are float32 in both."""
+
+    @property
+    def ends(self) -> Ends:
+        """The parts before and after the layers."""
+        return Ends(self.embedding, self.final_norm, self.config, self.dtype)
 
     def __call__(
         self,
@@ -100,7 +196,7 @@ class Grok(eqx.Module):
         last_only: bool = False,
         captures: tuple[Capture, ...] = (),
         edits: tuple[Change, ...] = (),
-        resume: "Resume | None" = None,
+        resume: Resume | None = None,
     ) -> Output:
         """Next-token logits of every position.
 
@@ -116,33 +212,14 @@ class Grok(eqx.Module):
 
         **Returns:** an `Output`.
         """
-        batch, n = tokens.shape
-        tokens = jax.reshard(tokens, P("data", None))
-        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-        start = jax.reshard(start, P("data"))
-        counts = jnp.full(batch, n, jnp.int32) if lengths is None else lengths
-        counts = jax.reshard(counts, P("data"))
-        positions = start[:, None] + jnp.arange(n, dtype=jnp.int32)
-        real = jnp.arange(n) < counts[:, None]
-        visible = real & (tokens != self.config.pad_token)
-        if cache is not None:
-            visible = mark_visible(cache.visible, visible, start)
-
-        outer = Tap(captures, edits, None, positions)
-        x = outer("embed", self.embedding.embed(tokens) * self.config.embedding_multiplier)
+        x, rows, before = self.ends.enter(tokens, cache, lengths, captures, edits)
         if resume is None:
-            x, cache, captured = self._run_blocks(x, positions, visible, cache, captures, edits)
+            x, cache, within = self._run_blocks(x, rows, cache, captures, edits)
         else:
             assert cache is None and not captures, "resume goes with neither cache nor captures"
-            x, captured = self._run_from(resume, positions, visible, edits), {}
-        if cache is not None:
-            cache = eqx.tree_at(lambda c: (c.visible, c.length), cache, (visible, start + counts))
-        if last_only:
-            x = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)
-            outer.move_to((start + counts - 1)[:, None])
-        logits = self.embedding.unembed(outer("final_norm", self.final_norm(x)), self.dtype)
-        logits = outer("logits", logits * self.config.output_multiplier)
-        return Output(logits, cache, captured | outer.captured)
+            x, within = self._run_from(resume, rows, edits), {}
+        logits, after = self.ends.leave(x, rows, last_only, captures, edits)
+        return Output(logits, with_tokens(cache, rows), within | before | after)
 
     def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
         """Show the arrays on a mesh that treescope can summarise them on."""
@@ -154,8 +231,7 @@ class Grok(eqx.Module):
     def _run_blocks(
         self,
         x: Array,
-        positions: Array,
-        visible: Array,
+        rows: Rows,
         cache: KVCache | None,
         captures: tuple[Capture, ...],
         edits: tuple[Change, ...],
@@ -169,9 +245,10 @@ class Grok(eqx.Module):
             rest, layer = xs
             slots = jax.tree.map(lambda q: index(q, layer), stacks, is_leaf=_is_quantised)
             block = eqx.combine(slots, rest, is_leaf=_is_slot)
-            tap = Tap(captures, edits, layer, positions)
-            x, cache = block(x, positions, visible, cache, layer, self.dtype, tap)
-            return (x, cache), tap.captured
+            x, cache, captured = run_block(
+                block, x, rows, cache, layer, self.dtype, captures, edits
+            )
+            return (x, cache), captured
 
         layers = jnp.arange(self.config.n_layers)
         some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
@@ -196,15 +273,12 @@ class Grok(eqx.Module):
         ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
         return x, cache, captured | buffers
 
-    def _run_from(
-        self, resume: Resume, positions: Array, visible: Array, edits: tuple[Change, ...]
-    ) -> Array:
+    def _run_from(self, resume: Resume, rows: Rows, edits: tuple[Change, ...]) -> Array:
         """The layers from one on, in a loop of as many turns as there are."""
 
         def run(layer: Array, x: Array) -> Array:
             block = jax.tree.map(lambda w: index(w, layer), self.blocks, is_leaf=_is_quantised)
-            tap = Tap((), edits, layer, positions)
-            return block(x, positions, visible, None, layer, self.dtype, tap)[0]
+            return run_block(block, x, rows, None, layer, self.dtype, (), edits)[0]
 
         x = jax.reshard(resume.resid_pre, P("data", None, None))
         return jax.lax.fori_loop(resume.layer, self.config.n_layers, run, x)

@@ -170,6 +170,7 @@ class Draw(eqx.Module):
     top_probs: Float[Array, "*batch alternative"]
 
 
+@jax.jit
 def sample(
     logits: Float[Array, "batch vocab"],
     rows: Rows,
@@ -261,6 +262,7 @@ def most_probable(
     return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
 
 
+@jax.jit
 def mark_seen(
     seen: Bool[Array, "batch vocab"],
     tokens: Int[Array, "batch position"],

@@ -9,7 +9,7 @@ import numpy as np
 
 import grokkit
 from grokkit import processes
-from grokkit.checkpoint import loading
+from grokkit.checkpoint import tensor_file
 
 N_PROCESSES, PROMPT = 2, "The quick brown"
 
@@ -21,15 +21,14 @@ def main(index: int, port: str, checkpoint: str, task: str, folder: str) -> None
     heartbeat = 10 if task == "generate forever" else 100
     processes.start(f"127.0.0.1:{port}", N_PROCESSES, index, timeout=60, heartbeat=heartbeat)
     read = 0
-    original = loading._read
+    original = tensor_file._fill
 
-    def counting(*arguments):
+    def counting(descriptor, buffers, offset):
         nonlocal read
-        values = original(*arguments)
-        read += values.nbytes
-        return values
+        read += sum(buffer.nbytes for buffer in buffers)
+        return original(descriptor, buffers, offset)
 
-    loading._read = counting
+    tensor_file._fill = counting
     lm = grokkit.load(checkpoint, dtype="float32", progress=False)
     assert dict(lm.mesh.shape) == {"data": 1, "model": 8}
     if task == "generate forever":

@@ -96,14 +96,15 @@ def test_two_processes_are_one(checkpoint, tiny_lm, task, tmp_path):
             for name, value in expected.items():
                 assert relative_error(found[name], value) < 1e-6, name
         notes = json.loads((tmp_path / f"{i}.json").read_text())
-        # Only its own four devices' parts.
+        # Only its own four devices' parts, and what they all hold only once.
         mine = set(tiny_lm.mesh.devices.flat[4 * i : 4 * i + 4])
-        assert notes.pop("read") == sum(
-            s.data.nbytes
-            for leaf in jax.tree.leaves(tiny_lm.model)
+        parts = {
+            (n, str(s.index)): s.data.nbytes
+            for n, leaf in enumerate(jax.tree.leaves(tiny_lm.model))
             for s in leaf.addressable_shards
             if s.device in mine
-        )
+        }
+        assert notes.pop("read") == sum(parts.values())
         assert notes == said
 
 

@@ -108,6 +108,7 @@ def logit_attribution(
 
     **Raises:** `PromptError` for ids that do not exist, `SiteError` for such positions.
     """
+    model = lm.model  # refused before anything runs if it is streamed
     _, lengths = lm.prepare(tokens)
     places = _places(lengths, positions)
     shape = (len(lengths), len(places))
@@ -123,9 +124,7 @@ def logit_attribution(
     total = picked[0] if len(ids) == 1 else picked[0] - picked[1]
     stream = np.asarray(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        direction = _logit_direction(
-            lm.model, stream, tuple(jnp.asarray(i, jnp.int32) for i in ids)
-        )
+        direction = _logit_direction(model, stream, tuple(jnp.asarray(i, jnp.int32) for i in ids))
     return _attribute(lm, cache, direction, total, places, lm.config.n_layers, True)
 
 
@@ -157,6 +156,7 @@ def router_attribution(
     if experts is None and (against is not None or lm.config.n_experts_per_token == n_experts):
         raise PromptError("experts: name them; there is no margin to split by default")
     layer = layer % n_layers
+    model = lm.model  # refused before anything runs if it is streamed
     _, lengths = lm.prepare(tokens)
     places = _places(lengths, positions)
     cache = _capture(
@@ -180,7 +180,7 @@ def router_attribution(
     total = np.einsum("bpte,bpe->bpt", sign, logits)
     stream = np.asarray(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        direction = _router_direction(lm.model, jnp.asarray(stream), jnp.asarray(sign), layer)
+        direction = _router_direction(model, jnp.asarray(stream), jnp.asarray(sign), layer)
     return _attribute(lm, cache, direction, total, places, layer + 1, False)
 
 

@@ -8,7 +8,6 @@ are rows of one batch. The result is exact: it equals a full forward pass with t
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
+from grokkit.compiled import compiled
 from grokkit.config import GrokConfig
 from grokkit.edits import Edit, ForbidExperts, ForceExperts, Replace, resolve
 from grokkit.edits.routing import GatePolicy
@@ -28,6 +28,7 @@ from grokkit.errors import GrokkitError, SiteError
 from grokkit.kv_cache import KVCache
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.model import Grok
+from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Change
 
 
@@ -70,7 +71,7 @@ def next_token_losses(
     """
     ids, lengths = lm.prepare(tokens)
     with jax.set_mesh(lm.mesh):
-        losses = _losses(lm.model, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
+        losses = _losses(lm.runnable, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
     return np.where(_scored(lm, ids, lengths), np.asarray(losses), np.nan)
 
 
@@ -145,8 +146,8 @@ def forced_choices(
 
     sets = expert_sets(config)
     with jax.set_mesh(lm.mesh):
-        empty = KVCache.empty(config, len(ids), ids.shape[1], lm.model.dtype, lm.mesh)
-        cache, clean = _prefill(lm.model, ids, lengths, empty)
+        empty = KVCache.empty(config, len(ids), ids.shape[1], lm.runnable.dtype, lm.mesh)
+        cache, clean = _prefill(lm.runnable, ids, lengths, empty)
         clean = np.where(scored, np.asarray(clean), np.nan)
         loss = np.full((*scored.shape, len(wanted), len(sets)), np.nan)
         places = np.argwhere(scored)
@@ -159,7 +160,7 @@ def forced_choices(
                 on = np.asarray(wanted)[i_layer[full], None] == np.arange(config.n_layers)
                 edit = ForceExperts(sets[i_set[full], None], gates, layers=on)
                 found = _decode(
-                    lm.model, cache, batch[full], position[full], ids[batch, position][full],
+                    lm.runnable, cache, batch[full], position[full], ids[batch, position][full],
                     ids[batch, position + 1][full], _on_mesh(lm, [edit], [1] * rows),
                 )  # fmt: skip
                 loss[batch, position, i_layer, i_set] = np.asarray(found)[:n]
@@ -242,7 +243,7 @@ def remove_experts(
         parts = []
         for start in range(0, len(ids), rows):
             taken = np.minimum(np.arange(start, start + rows), len(ids) - 1)
-            found = _losses(lm.model, ids[taken], lengths[taken],
+            found = _losses(lm.runnable, ids[taken], lengths[taken],
                             _on_mesh(lm, edits, lengths[taken].tolist()))  # fmt: skip
             parts.append(np.asarray(found)[: len(ids) - start])
         return np.where(scored, np.concatenate(parts), 0).sum(axis=1) / scored.sum(axis=1)
@@ -268,6 +269,7 @@ def remove_experts(
 # The compiled parts
 
 
+@jax.jit
 def _cross_entropy(logits: Array, targets: Array) -> Array:
     logits = jax.reshard(logits, P("data", None, None))
     targets = jax.reshard(targets, P("data", None))
@@ -275,23 +277,25 @@ def _cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-@jax.jit
-def _losses(model: Grok, ids: Array, lengths: Array, edits: tuple[Change, ...]) -> Array:
+@compiled()
+def _losses(
+    model: Grok | StreamedGrok, ids: Array, lengths: Array, edits: tuple[Change, ...]
+) -> Array:
     out = model(ids, lengths=lengths, edits=edits)
     return _cross_entropy(out.logits[:, :-1], ids[:, 1:])
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@compiled(donate_argnames="cache")
 def _prefill(
-    model: Grok, ids: Array, lengths: Array, cache: KVCache
+    model: Grok | StreamedGrok, ids: Array, lengths: Array, cache: KVCache
 ) -> tuple[KVCache | None, Array]:
     out = model(ids, cache=cache, lengths=lengths)
     return out.cache, _cross_entropy(out.logits[:, :-1], ids[:, 1:])
 
 
-@jax.jit
+@compiled()
 def _decode(
-    model: Grok,
+    model: Grok | StreamedGrok,
     cache: KVCache,
     sequence: Int[Array, " row"],
     position: Int[Array, " row"],

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from grokkit.errors import GrokkitError, PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Grok
+from grokkit.model import Ends
 from grokkit.numerics import einsum32
 from grokkit.taps import SITES, Capture
 
@@ -151,7 +151,7 @@ def logit_lens(
             lm, (stream[:, :, at], final[:, at], maps, follow[:, at])
         )
         with jax.set_mesh(lm.mesh):
-            piece = _read(lm.model, states, last, shared, ids, top)
+            piece = _read(lm.runnable.ends, states, last, shared, ids, top)
         fresh = slice(start - at.start, None)
         found.append([np.asarray(p)[:, :, fresh] for p in piece])
     kl, log_probs, best, followed = (np.concatenate(p, axis=2) for p in zip(*found, strict=True))
@@ -205,8 +205,8 @@ def fit_tuned_lens(
     state = _place(lm, optimizer.init(lens))
 
     @eqx.filter_jit
-    def update(model: Grok, lens: TunedLens, state: Any, stream: Array, final: Array) -> Any:
-        losses, gradients = _losses(model, lens, stream, final)
+    def update(ends: Ends, lens: TunedLens, state: Any, stream: Array, final: Array) -> Any:
+        losses, gradients = _losses(ends, lens, stream, final)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and integers
             updates, state = optimizer.update(gradients, state, lens)  # pyright: ignore[reportArgumentType]
         return optax.apply_updates(lens, updates), state, losses  # pyright: ignore[reportArgumentType]
@@ -220,7 +220,7 @@ def fit_tuned_lens(
         stream, final = (np.asarray(cache[name]) for name in (site, "final_norm"))
         stream, final = _place(lm, (stream, final))
         with jax.set_mesh(lm.mesh):
-            lens, state, losses = update(lm.model, lens, state, stream, final)
+            lens, state, losses = update(lm.runnable.ends, lens, state, stream, final)
         history.append(np.asarray(losses))
     weight, bias = (jnp.asarray(np.asarray(a)) for a in (lens.weight, lens.bias))
     return TunedLens(weight, bias, site), np.stack(history)
@@ -265,11 +265,11 @@ def _place(lm: LanguageModel, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(lm.mesh, P()))
 
 
-def _log_probs(model: Grok, x: Array, normalise: bool = True) -> Float[Array, "batch n vocab"]:
+def _log_probs(ends: Ends, x: Array, normalise: bool = True) -> Float[Array, "batch n vocab"]:
     """The model's distribution for the stream `x`, laid out by rows."""
     x = jax.reshard(x, P("data", None, None))
-    x = model.final_norm(x) if normalise else x
-    logits = model.embedding.unembed(x, model.dtype) * model.config.output_multiplier
+    x = ends.final_norm(x) if normalise else x
+    logits = ends.embedding.unembed(x, ends.dtype) * ends.config.output_multiplier
     return jax.nn.log_softmax(jax.reshard(logits, P("data", None, None)), axis=-1)
 
 
@@ -283,7 +283,7 @@ def _translate(x: Array, weight: Array, bias: Array) -> Array:
 
 @eqx.filter_jit
 def _read(
-    model: Grok,
+    ends: Ends,
     stream: Array,
     final: Array,
     maps: tuple[Array, Array] | None,
@@ -292,12 +292,12 @@ def _read(
 ) -> tuple[Array, Array, Array, Array]:
     """Divergence, log-probabilities and ids of the top tokens, and log-probabilities of those
     followed, one depth after the other."""
-    target = _log_probs(model, final, normalise=False)
+    target = _log_probs(ends, final, normalise=False)
     rows = jax.reshard(follow, P("data", None, None))
 
     def one(xs):
         x = xs[0] if maps is None else _translate(*xs)
-        found = _log_probs(model, x)
+        found = _log_probs(ends, x)
         values, ids = jax.lax.top_k(found, top)
         followed = jnp.take_along_axis(found, rows, axis=-1)
         return _divergence(target, found), values, ids, followed
@@ -305,12 +305,12 @@ def _read(
     return jax.lax.map(one, (stream,) if maps is None else (stream, *maps))
 
 
-def _losses(model: Grok, lens: TunedLens, stream: Array, final: Array) -> tuple[Array, TunedLens]:
+def _losses(ends: Ends, lens: TunedLens, stream: Array, final: Array) -> tuple[Array, TunedLens]:
     """Each layer's loss, and the gradients; one layer after the other, to hold few logits."""
-    target = _log_probs(model, final, normalise=False)
+    target = _log_probs(ends, final, normalise=False)
 
     def loss(maps: tuple[Array, Array], x: Array) -> Array:
-        return jnp.mean(_divergence(target, _log_probs(model, _translate(x, *maps))))
+        return jnp.mean(_divergence(target, _log_probs(ends, _translate(x, *maps))))
 
     def one(xs):
         weight, bias, x = xs

@@ -21,10 +21,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from tqdm.auto import tqdm
 
 from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
+from grokkit.compiled import compiled
 from grokkit.edits import Add, resolve, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.model import Grok, Resume
+from grokkit.streamed_model import StreamedGrok
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
@@ -144,7 +146,7 @@ def patch(
             stream = np.repeat(runs.corrupted["resid_pre"][first, None], rows, axis=0)
             resume = Resume(jnp.asarray(first), jnp.asarray(stream))
             with jax.set_mesh(lm.mesh):
-                found = np.asarray(_measure(lm.model, ids, lengths, edits, metric, resume))
+                found = np.asarray(_measure(lm.runnable, ids, lengths, edits, metric, resume))
             kept = min(rows, len(cases) - start)
             results.append(found[:kept])
             bar.update(kept)
@@ -176,6 +178,7 @@ def attribution_patch(
                         "integers; sweep it with patch")  # fmt: skip
     if at not in ("corrupted", "clean"):
         raise SiteError(f"at: expected 'corrupted' or 'clean', found {at!r}")
+    model = lm.model  # refused before anything runs if there is no gradient through it
     runs, tokens, values = _both_runs(lm, clean, corrupted, metric, grid)
     chosen = _one_prompt(lm, clean, "clean") if at == "clean" else tokens
     ids = np.repeat(chosen, lm.mesh.shape["data"], axis=0)
@@ -185,15 +188,15 @@ def attribution_patch(
     edit = Add(grid.perturbed, np.zeros((lm.config.n_layers, *shape), np.float32))
     edits = _on_every_device(lm, resolve([edit], lm.config, lengths))
     with jax.set_mesh(lm.mesh):
-        gradient = np.asarray(_gradient(lm.model, ids, lengths, edits[0], metric))
+        gradient = np.asarray(_gradient(model, ids, lengths, edits[0], metric))
     clean_value, corrupted_value = values
     estimate = np.float32(corrupted_value) + grid.project(gradient[:, 0], runs)
     return Sweep(estimate, clean_value, corrupted_value, grid.perturbed, grid.axis)
 
 
-@eqx.filter_jit
+@compiled(jit=eqx.filter_jit)
 def _measure(
-    model: Grok,
+    model: Grok | StreamedGrok,
     ids: Array | np.ndarray,
     lengths: Array | np.ndarray,
     edits: tuple[Any, ...],
@@ -204,7 +207,7 @@ def _measure(
 
 
 def _metric_of(
-    model: Grok,
+    model: Grok | StreamedGrok,
     ids: Array | np.ndarray,
     lengths: Array | np.ndarray,
     edits: tuple[Any, ...],

@@ -1,25 +1,25 @@
 """From a checkpoint's files straight onto the devices of a mesh.
 
-Each device's slice of each layer goes from the memory-mapped file into that device's part of the
-stacked array. There is no host copy of the model, nor of a layer: on accelerators the memory
-beyond the weights is one slice on its way (on the host and on the device); on CPU devices, one
-slice of an 8-bit matrix, which is turned round on its way.
+Each device's slice of each layer goes from the file into that device's part of the stacked array.
+There is no host copy of the model, nor of a layer: on accelerators the memory beyond the weights is
+one slice on its way (on the host and on the device); on CPU devices, two slabs of some rows.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.refusal import refusal
+from grokkit.checkpoint.slabs import Place, fill
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
@@ -43,17 +43,31 @@ def load_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh, progress: boo
     **Raises:** before anything is allocated, `CheckpointError` if tree and checkpoint do not match
     leaf by leaf, and `ConfigError` if a shape does not divide over the mesh.
     """
+    return load_planned(plan_params(checkpoint, specs, mesh), checkpoint.directory.name, progress)
+
+
+def plan_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh) -> PyTree:
+    """Where each leaf comes from and where it goes, checked; nothing is read or allocated.
+
+    **Arguments:** and **Raises:** as `load_params`.
+
+    **Returns:** the same tree with `LeafPlan`s in place of the specs.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     named = [(jax.tree_util.keystr(path, simple=True, separator="."), s) for path, s in leaves]
-    plans = _plan(checkpoint, named, mesh)
+    return jax.tree.unflatten(treedef, _plan(checkpoint, named, mesh))
+
+
+def load_planned(plans: PyTree, name: str, progress: bool = True) -> PyTree:
+    """The arrays of a tree of `LeafPlan`s; `name` is shown before the progress bar."""
     with tqdm(
-        total=sum(source.span.nbytes for plan in plans for source in plan.sources),
+        total=sum(plan.nbytes for plan in jax.tree.leaves(plans)),
         unit="B",
         unit_scale=True,
-        desc=f"loading {checkpoint.directory.name}",
+        desc=f"loading {name}",
         disable=not progress,
     ) as bar:
-        return jax.tree.unflatten(treedef, [_load(plan, bar) for plan in plans])
+        return jax.tree.map(lambda plan: _load(plan, bar), plans)
 
 
 def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
@@ -113,14 +127,34 @@ class _Source:
         *lead, k, n = self.span.shape
         return (*lead, n, k)
 
-    def open(self) -> Any:
-        """The file's array, to be sliced, in the leaf's order of axes."""
+    def copy_to(
+        self,
+        parts: "Mapping[Any, HostPart | DevicePart]",
+        slices: Mapping[Any, tuple[Any, tuple[slice, ...]]],
+        dtype: np.dtype,
+    ) -> None:
+        """Put each device's slice, in the leaf's order of axes, in its place of the device's part."""
+        rooms = {device: p for device, p in parts.items() if isinstance(p, HostPart)}
+        if rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype:
+            places = [
+                Place(self._in_file(index), rooms[device].memory[place], device)
+                for device, (place, index) in slices.items()
+            ]
+            return fill(self.file, self.span, self.turned, places)
         whole: Any = self.file.open(self.span)
-        return whole.swapaxes(-1, -2) if self.turned else whole
+        whole = whole.swapaxes(-1, -2) if self.turned else whole
+        # One device after the other, while the file is in the page cache.
+        for device, (place, index) in slices.items():
+            values = whole[index]
+            values = values if values.dtype == dtype else values.astype(dtype)
+            parts[device].write(place, values)
+
+    def _in_file(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        return (*index[:-2], index[-1], index[-2]) if self.turned else index
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class LeafPlan:
     """How one leaf of the tree is put together."""
 
     shape: tuple[int, ...]
@@ -128,8 +162,19 @@ class _Plan:
     sharding: NamedSharding
     sources: tuple[_Source, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(source.span.nbytes for source in self.sources)
 
-def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> list[_Plan]:
+    def layer(self, i: int) -> "LeafPlan":
+        """The plan of one layer's array alone, without the layer axis."""
+        source = dataclasses.replace(self.sources[i], layer=None)
+        sharding = NamedSharding(self.sharding.mesh, PartitionSpec(*self.sharding.spec[1:]))
+        return LeafPlan(self.shape[1:], self.dtype, sharding, (source,))
+
+
+def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> list[LeafPlan]:
     """Match leaves and files, each exactly once."""
     sources: dict[str, list[_Source]] = {}
     for entry in checkpoint:
@@ -147,7 +192,7 @@ def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> l
             sharding = spec.sharding(mesh)
         except ConfigError as e:
             raise ConfigError(f"{path}: {e}") from None
-        plans.append(_Plan(spec.shape, np.dtype(spec.dtype), sharding, tuple(parts)))
+        plans.append(LeafPlan(spec.shape, np.dtype(spec.dtype), sharding, tuple(parts)))
     return plans
 
 
@@ -197,31 +242,38 @@ def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[
         )
 
 
-def _load(plan: _Plan, bar: Any) -> Array:
+def _load(plan: LeafPlan, bar: Any) -> Array:
+    return read_leaf(plan, new_parts(plan), bar.update)
+
+
+def new_parts(plan: LeafPlan) -> "dict[Any, HostPart | DevicePart]":
+    """Room for each of this process's devices' part of a leaf."""
+    shape = plan.sharding.shard_shape(plan.shape)
+    devices = plan.sharding.addressable_devices_indices_map(plan.shape)
+    return {device: new_part(device, shape, plan.dtype) for device in devices}
+
+
+def read_leaf(
+    plan: LeafPlan,
+    parts: "Mapping[Any, HostPart | DevicePart]",
+    report: Callable[[int], object] = lambda n_bytes: None,
+) -> Array:
+    """Read a leaf's files into `parts` and make one array of them."""
     places = plan.sharding.addressable_devices_indices_map(plan.shape)
-    local_shape = plan.sharding.shard_shape(plan.shape)
-    parts = {device: new_part(device, local_shape, plan.dtype) for device in places}
-    # Devices inside, layers outside: each file is read once while it is in the page cache.
     for source in plan.sources:
-        whole = source.open()
+        slices = {}
         for device, index in places.items():
             assert index is not None
             if source.layer is None:
-                parts[device].write(..., _read(whole, index, plan.dtype))
+                slices[device] = (..., index)
                 continue
             layers = range(plan.shape[0])[index[0]]
             if source.layer in layers:
-                place = source.layer - layers.start
-                parts[device].write(place, _read(whole, index[1:], plan.dtype))
-        bar.update(source.span.nbytes)
+                slices[device] = (source.layer - layers.start, index[1:])
+        source.copy_to(parts, slices, plan.dtype)
+        report(source.span.nbytes)
     arrays = [part.finish() for part in parts.values()]
     return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
-
-
-def _read(whole: Any, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """One device's slice, in the leaf's dtype."""
-    values = whole[index]
-    return values if values.dtype == dtype else values.astype(dtype)
 
 
 class HostPart:
@@ -242,7 +294,7 @@ class HostPart:
         self.memory[place] = values
 
     def finish(self) -> Array:
-        """The complete part, on its device."""
+        """The complete part, on its device. Writing the part again writes over it."""
         return jax.device_put(self.memory, self.device)
 
 
@@ -265,9 +317,10 @@ class DevicePart:
         self.array = _overwrite(array, piece, jnp.int32(place)).block_until_ready()
 
     def finish(self) -> Array:
-        """See `HostPart.finish`."""
-        assert self.array is not None
-        return self.array
+        """See `HostPart.finish`. The part keeps nothing, and may be written again."""
+        array, self.array = self.array, None
+        assert array is not None
+        return array
 
 
 @functools.cache

@@ -1,10 +1,13 @@
 """Where a checkpoint's arrays are, and their bytes as memory maps; one official tensor file."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +16,7 @@ from grokkit.checkpoint.lazy import Stack, Unpacked
 from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
 from grokkit.checkpoint.pickle_walk import walk
 from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, refusal
+from grokkit.errors import CheckpointError
 
 INT4 = np.dtype(ml_dtypes.int4)
 
@@ -84,12 +88,51 @@ class TensorFile:
             found = f"{size:,} bytes"
         except (OSError, ValueError) as e:
             found = str(e)
-        raise refusal(
+        raise self._changed(found)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[Sequence[np.ndarray], int], None]]:
+        """A function that fills buffers, one after the other, from a place in the file.
+
+        **Raises:** as `open`, here or from the function.
+        """
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                descriptor = file.fileno()
+                size = os.fstat(descriptor).st_size
+                if size != self.size:
+                    raise self._changed(f"{size:,} bytes")
+
+                def read(buffers: Sequence[np.ndarray], offset: int) -> None:
+                    if not _fill(descriptor, buffers, offset):
+                        raise self._changed("one that ended early")
+
+                yield read
+        except OSError as e:
+            raise self._changed(str(e)) from e
+
+    def _changed(self, found: str) -> CheckpointError:
+        return refusal(
             self.path,
             f"the file of {self.size:,} bytes that was there when the checkpoint was opened",
             found,
             "leave the checkpoint's files alone while it is in use; open it again",
         )
+
+
+def _fill(descriptor: int, buffers: Sequence[np.ndarray], offset: int) -> bool:
+    """Read into all the buffers; whether the file was long enough."""
+    waiting: list[Any] = [memoryview(b) for b in buffers]  # pyright: ignore[reportArgumentType]
+    while waiting:
+        got = os.preadv(descriptor, waiting, offset)
+        if not got:
+            return False
+        offset += got
+        while waiting and got >= len(waiting[0]):
+            got -= len(waiting.pop(0))
+        if got:
+            waiting[0] = waiting[0][got:]
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_loss_gradient(rotated, text):
     _, cache = rotated.run_with_cache(text[:4], ["resid_mid", "final_norm"])
     with jax.set_mesh(rotated.mesh):
         _, gradient = lens._losses(
-            rotated.model,
+            rotated.model.ends,
             TunedLens.identity(n, d, "resid_mid"),
             *lens._place(rotated, (cache["resid_mid"], cache["final_norm"])),
         )

@@ -1,0 +1,85 @@
+"""A checkpoint's layers read one after the other, the next while one is in use."""
+
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaf
+
+
+class LayerReader:
+    """Gives the layers of a stack that stays on disk, at most two of them in memory at a time.
+
+    On a CPU both layers' memory is made once and used again, so that a layer must not be used
+    any more when the next is asked for.
+    """
+
+    def __init__(self, plans: PyTree) -> None:
+        """Read nothing yet.
+
+        **Arguments:**
+
+        - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
+        """
+        leaves, self._treedef = jax.tree.flatten(plans)
+        self.n_layers: int = leaves[0].shape[0]
+        self._plans: list[list[LeafPlan]] = [
+            [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
+        ]
+        self._parts: list[Any] = [None, None]
+        self._one_pass = threading.Lock()
+        self._read_bytes, self._read_seconds = 0, 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a pass over all layers reads."""
+        return sum(plan.nbytes for layer in self._plans for plan in layer)
+
+    @property
+    def layer_nbytes(self) -> int:
+        """Bytes of one layer."""
+        return self.nbytes // self.n_layers
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second at which layers were read so far; the first is read to measure it."""
+        if not self._read_bytes:
+            for _ in self.layers(stop=1):
+                pass
+        return self._read_bytes / self._read_seconds
+
+    def layers(self, start: int = 0, stop: int | None = None) -> Generator[PyTree]:
+        """One layer after the other; while one is used, the next is read.
+
+        Let go of each, and see that nothing computed from it is still under way, before asking
+        for the next. One pass at a time: another thread's waits until this one ends or is closed.
+
+        **Arguments:**
+
+        - `start`, `stop`: the first layer, and the one before which to stop.
+        """
+        stop = self.n_layers if stop is None else stop
+        with self._one_pass, ThreadPoolExecutor(1, "reading-layers") as pool:
+            pending = [pool.submit(self._read, start)] if start < stop else []
+            for layer in range(start, stop):
+                ready = [pending.pop().result()]
+                if layer + 1 < stop:
+                    pending.append(pool.submit(self._read, layer + 1))
+                # Nothing here may hold on to the layer while the next is read.
+                yield jax.tree.unflatten(self._treedef, ready.pop())
+
+    def _read(self, layer: int) -> list[Any]:
+        began = time.perf_counter()
+        plans = self._plans[layer]
+        parts = self._parts[layer % 2]
+        if parts is None:
+            parts = self._parts[layer % 2] = [new_parts(plan) for plan in plans]
+        arrays = [read_leaf(plan, part) for plan, part in zip(plans, parts, strict=True)]
+        self._read_seconds += time.perf_counter() - began
+        self._read_bytes += sum(plan.nbytes for plan in plans)
+        return arrays

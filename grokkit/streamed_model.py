@@ -1,0 +1,192 @@
+"""The model with its layers left on disk: each is read when a pass comes to it, and let go."""
+
+import functools
+from contextlib import closing
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree
+from tqdm.auto import tqdm
+
+from grokkit.checkpoint import Checkpoint
+from grokkit.checkpoint.loading import load_planned, plan_params
+from grokkit.checkpoint.streaming import LayerReader
+from grokkit.config import GrokConfig
+from grokkit.kv_cache import KVCache
+from grokkit.model import (
+    Block,
+    Ends,
+    Grok,
+    Output,
+    Resume,
+    Rows,
+    run_block,
+    with_tokens,
+)
+from grokkit.taps import Capture, Change
+
+_PART = 1024
+"""Tokens of a long prompt that a layer takes at once."""
+_BAR_AFTER = 2.0
+"""Seconds that a pass takes before its progress is shown."""
+
+
+class StreamedGrok:
+    """What `Grok` is, with embedding and norms in memory and the layers on disk.
+
+    It is called as `Grok` is, but is no pytree: it cannot go into a compiled function. See
+    `grokkit.compiled` for functions that serve both.
+    """
+
+    is_streamed: ClassVar[bool] = True
+
+    def __init__(
+        self, checkpoint: Checkpoint, specs: Grok, mesh: Mesh, progress: bool = True
+    ) -> None:
+        """Read the embedding and the last norm; leave the layers where they are.
+
+        **Arguments:**
+
+        - `checkpoint`: from `open_checkpoint`.
+        - `specs`: the parameters' declarations, as the checkpoint stores them.
+        - `mesh`: the devices.
+        - `progress`: show progress bars, for this and for passes that take seconds.
+
+        **Raises:** as `load_params`, before anything is allocated.
+        """
+        self.specs = specs
+        plans: Any = plan_params(checkpoint, specs, mesh)
+        self.reader = LayerReader(plans.blocks)
+        self.name = checkpoint.directory.name
+        self.ends: Ends = load_planned(plans.ends, self.name, progress)
+        self.progress = progress
+
+    @property
+    def config(self) -> GrokConfig:
+        """The model's sizes and constants."""
+        return self.ends.config
+
+    @property
+    def dtype(self) -> Any:
+        """What matrix products round their operands to."""
+        return self.ends.dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch position"],
+        *,
+        cache: KVCache | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+        last_only: bool = False,
+        captures: tuple[Capture, ...] = (),
+        edits: tuple[Change, ...] = (),
+        resume: Resume | None = None,
+    ) -> Output:
+        """A pass over all layers; see `Grok.__call__`. `cache` is used up: go on with the result's.
+
+        All rows of the batch share the pass. Long prompts that go into a cache go through each
+        layer in parts, so that memory does not grow with their length.
+        """
+        tokens = jnp.asarray(tokens)
+        x, rows, captured = _enter(self.ends, tokens, cache, lengths, captures, edits)
+        first = 0
+        if resume is not None:
+            assert cache is None and not captures, "resume goes with neither cache nor captures"
+            x, first = jax.reshard(resume.resid_pre, P("data", None, None)), int(resume.layer)
+        found: dict[str, dict[int, Any]] = {}
+        parts = _cut(x, rows, whole=cache is None or bool(captures))
+        del x
+        layer = first
+        with closing(self.reader.layers(first)) as blocks, self._bar(first) as bar:
+            for block in blocks:
+                wanted = tuple(c for c in captures if _is_in(c, layer))
+                for i, (part, its_rows) in enumerate(parts):
+                    part, cache, kept = _run_layer(
+                        block, part, its_rows, cache, jnp.int32(layer), self.dtype, wanted, edits
+                    )
+                    parts[i] = part, its_rows
+                    for key, value in kept.items():
+                        found.setdefault(key, {})[layer] = value
+                # The memory of this block is that of the next but one.
+                jax.block_until_ready((parts, cache))
+                del block
+                layer += 1
+                bar.update()
+        x = parts[0][0] if len(parts) == 1 else jnp.concatenate([part for part, _ in parts], 1)
+        logits, last = _leave(self.ends, x, rows, last_only, captures, edits)
+        within = {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
+        return Output(logits, with_tokens(cache, rows), within | captured | last)
+
+    def _bar(self, first: int) -> Any:
+        """Progress over the layers, shown if it takes long."""
+        return tqdm(
+            initial=first, total=self.reader.n_layers, desc=f"layers of {self.name}", unit="layer",
+            leave=False, delay=_BAR_AFTER, disable=not self.progress,
+        )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("captures",))
+def _enter(
+    ends: Ends,
+    tokens: Array,
+    cache: KVCache | None,
+    lengths: Array | None,
+    captures: tuple[Capture, ...],
+    edits: tuple[Change, ...],
+) -> tuple[Array, Rows, dict[str, Any]]:
+    return ends.enter(tokens, cache, lengths, captures, edits)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "captures"), donate_argnames=("x", "cache"))
+def _run_layer(
+    block: Block,
+    x: Array,
+    rows: Rows,
+    cache: KVCache | None,
+    layer: Array,
+    dtype: Any,
+    captures: tuple[Capture, ...],
+    edits: tuple[Change, ...],
+) -> tuple[Array, KVCache | None, dict[str, Any]]:
+    return run_block(block, x, rows, cache, layer, dtype, captures, edits)
+
+
+@functools.partial(jax.jit, static_argnames=("last_only", "captures"))
+def _leave(
+    ends: Ends,
+    x: Array,
+    rows: Rows,
+    last_only: bool,
+    captures: tuple[Capture, ...],
+    edits: tuple[Change, ...],
+) -> tuple[Array, dict[str, Any]]:
+    return ends.leave(x, rows, last_only, captures, edits)
+
+
+def _cut(
+    x: Float[Array, "batch position d_model"], rows: Rows, whole: bool
+) -> list[tuple[Array, Rows]]:
+    """The stream in parts of some positions each, with what belongs to them."""
+    n = x.shape[1]
+    if whole or n <= _PART:
+        return [(x, rows)]
+    return [
+        (
+            x[:, start : start + _PART],
+            Rows(rows.positions[:, start : start + _PART], rows.visible, rows.start, rows.counts),
+        )
+        for start in range(0, n, _PART)
+    ]
+
+
+def _is_in(capture: Capture, layer: int) -> bool:
+    return capture.layer_numbers is None or layer in capture.layer_numbers
+
+
+def _stack(capture: Capture, found: dict[int, PyTree]) -> PyTree:
+    """A capture's layers as one array, in the order in which they were asked for."""
+    order = sorted(found) if capture.layer_numbers is None else capture.layer_numbers
+    return jax.tree.map(lambda *values: jnp.stack(values), *(found[i] for i in order))

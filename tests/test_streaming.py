@@ -1,0 +1,241 @@
+"""A model whose layers stay on disk gives what the one in memory gives."""
+
+import shutil
+import threading
+import weakref
+
+import jax
+import numpy as np
+import pytest
+from helpers import relative_error
+
+import grokkit
+from grokkit import streamed_model
+from grokkit.analysis.causal_routing import next_token_losses
+from grokkit.analysis.grids import Positions
+from grokkit.analysis.lens import logit_lens
+from grokkit.analysis.patching import attribution_patch, patch
+from grokkit.checkpoint import loading, open_checkpoint, save_params
+from grokkit.checkpoint.loading import plan_params
+from grokkit.checkpoint.streaming import LayerReader
+from grokkit.errors import CheckpointError, GrokkitError
+from grokkit.generate import Sampling, generate_tokens
+from grokkit.model import param_specs
+
+CLOSE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return grokkit.make_mesh(1, 2)
+
+
+@pytest.fixture(scope="module")
+def resident(golden_dir, mesh) -> grokkit.LanguageModel:
+    return grokkit.load(golden_dir, mesh=mesh, dtype="float32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def streamed(golden_dir, mesh) -> grokkit.LanguageModel:
+    return grokkit.load(golden_dir, mesh=mesh, dtype="float32", progress=False, stream=True)
+
+
+@pytest.fixture(scope="module")
+def tokens(golden_arrays) -> np.ndarray:
+    return golden_arrays["tokens"]
+
+
+EDITS = [
+    grokkit.ForceExperts([1, 2], layers=[4]),
+    grokkit.Scale("attn_out", 0.5, layers=[2, 11]),
+    grokkit.Add("resid_mid", np.ones(64, np.float32), layers=6, positions=[-1]),
+]
+
+
+@pytest.fixture(scope="module")
+def expected(resident, tokens):
+    """Logits and every site of the model in memory, with edits."""
+    return resident.run_with_cache(tokens, edits=EDITS)
+
+
+def test_every_site_with_edits_is_that_of_the_model_in_memory(
+    streamed, tokens, expected, golden_arrays
+):
+    logits, cache = streamed.run_with_cache(tokens, edits=EDITS)
+    assert relative_error(logits, expected[0]) < CLOSE
+    assert relative_error(logits, golden_arrays["exact_logits"]) > 1e-2
+    assert cache.keys() == expected[1].keys() == list(grokkit.SITES)
+    for name, value in expected[1].items():
+        assert cache.entries[name].layers == expected[1].entries[name].layers
+        assert cache[name].sharding == value.sharding, name
+        if value.dtype == np.int32:
+            np.testing.assert_array_equal(cache[name], value)
+        else:
+            # Of single sites a few differ by a rounding more than the logits.
+            assert relative_error(cache[name], value) < 2 * CLOSE, name
+
+
+def test_captures_of_some_layers_and_reductions(streamed, tokens, golden_arrays):
+    captures = [
+        grokkit.Capture("pattern", layers=(7, -1, 2), positions=-1),
+        grokkit.Capture("resid_post", layers=(2, 7, 11), reduce=lambda x: (x, x.max(axis=-1))),
+    ]
+    logits, cache = streamed.run_with_cache(tokens, captures)
+    assert relative_error(logits, golden_arrays["exact_logits"]) < 1e-4
+    assert cache.entries["pattern"].layers == (7, 11, 2)
+    pattern = golden_arrays["exact_pattern"][[7, 11, 2]][:, :, :, -1]
+    assert relative_error(cache["pattern"], pattern) < 1e-4
+    stream = golden_arrays["exact_resid"][[2, 7, 11]]
+    assert relative_error(cache["resid_post"][0], stream) < 1e-4
+    assert relative_error(cache["resid_post"][1], stream.max(axis=-1)) < 1e-4
+
+
+def test_the_same_tokens_are_drawn(streamed, resident, tokens, monkeypatch):
+    """Prompts of several lengths in one pass, which takes them in parts, as it does long ones."""
+    monkeypatch.setattr(streamed_model, "_PART", 8)
+    prompts = [tokens[0].tolist(), tokens[1][:5].tolist(), tokens[1].tolist()]
+    sampling = Sampling(temperature=[0.0, 0.8, 1.0], top_p=0.9, seed=3)
+    edits = streamed._resolve([grokkit.RouterTemperature(2.0, layers=5)], [8, 5, 8])
+
+    passes = []
+    layers = LayerReader.layers
+    monkeypatch.setattr(LayerReader, "layers", lambda *a: passes.append(1) or layers(*a))
+    n, arguments = 5, (prompts, 5, sampling)
+    found = []
+    for piece in generate_tokens(streamed.runnable, streamed.mesh, *arguments, edits=edits):
+        found.append(piece.draws)
+        assert len(passes) == len(found)  # a token is shown before the next one's pass
+    assert len(found) == n
+    expected = [
+        piece.draws
+        for piece in generate_tokens(resident.runnable, resident.mesh, *arguments, edits=edits)
+    ]
+    tokens_of, probs_of = (
+        [np.concatenate([getattr(d, field) for d in draws])[:n] for draws in (found, expected)]
+        for field in ("token", "prob")
+    )
+    np.testing.assert_array_equal(*tokens_of)
+    assert relative_error(*probs_of) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiny_streamed(tiny_lm, tiny_config, tiny_tokenizer_file, tmp_path_factory):
+    """`tiny_lm`, which reads and writes text, streamed."""
+    folder = tmp_path_factory.mktemp("streamed") / "tiny"
+    save_params(tiny_lm.model, tiny_config, folder, tiny_tokenizer_file, progress=False)
+    return grokkit.load(folder, tiny_lm.mesh, "float32", progress=False, stream=True)
+
+
+@pytest.mark.slow
+def test_text_and_captures_while_generating(tiny_lm, tiny_streamed):
+    prompts, wanted = ["The quick", "Two and two make"], ["resid_post", "expert_indices"]
+    texts, cache = tiny_streamed.generate_with_cache(prompts, wanted, max_len=4)
+    expected_texts, expected = tiny_lm.generate_with_cache(prompts, wanted, max_len=4)
+    assert texts == expected_texts
+    np.testing.assert_array_equal(cache["expert_indices"], expected["expert_indices"])
+    assert relative_error(cache["resid_post"], expected["resid_post"]) < CLOSE
+
+
+@pytest.mark.slow
+def test_text_token_by_token(tiny_lm, tiny_streamed):
+    text = tiny_lm.generate("The quick", max_len=6, seed=1)
+    assert tiny_streamed.generate("The quick", max_len=6, seed=1) == text
+    assert "".join(t.text for t in tiny_streamed.stream("The quick", max_len=6, seed=1)) == text
+
+
+@pytest.mark.slow
+def test_analyses(streamed, resident, tokens):
+    reading, expected = (logit_lens(lm, tokens[:1], ["resid_post"]) for lm in (streamed, resident))
+    np.testing.assert_array_equal(reading.top_tokens, expected.top_tokens)
+    assert relative_error(reading.kl, expected.kl) < 1e-4
+    losses, expected = (next_token_losses(lm, tokens) for lm in (streamed, resident))
+    assert relative_error(losses, expected) < CLOSE
+
+
+def metric(logits):
+    return logits[:, -1, 7]
+
+
+@pytest.mark.slow
+def test_a_patching_sweep(streamed, resident, tokens):
+    """Many cases share a pass, which begins at the first layer that they change."""
+    clean, corrupted = tokens[0, :6], tokens[1, :6]
+    sweeps = [
+        patch(lm, clean, corrupted, metric, Positions("resid_pre"), rows=24, progress=False)
+        for lm in (streamed, resident)
+    ]
+    assert relative_error(sweeps[0].values, sweeps[1].values) < 1e-5
+
+
+def test_what_needs_a_gradient_is_refused(streamed, tokens):
+    clean, corrupted = tokens[0, :6], tokens[1, :6]
+    with pytest.raises(GrokkitError, match=r"all layers in memory .* without stream=True"):
+        attribution_patch(streamed, clean, corrupted, metric, Positions("resid_pre"))
+
+
+def test_bill_is_that_of_the_model_in_memory(streamed, resident, tokens):
+    found, expected = streamed.bill(tokens), resident.bill(tokens)
+    assert found.rows == expected.rows
+
+
+def test_repr_says_that_it_is_streamed(streamed):
+    assert repr(streamed).endswith("mesh data=1 x model=2 of cpu; layers streamed from disk)")
+
+
+# Memory and failures
+
+
+@pytest.mark.parametrize("part", [loading.HostPart, loading.DevicePart])
+def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
+    """Of twelve; while one is used the next is being read."""
+    monkeypatch.setattr(loading, "new_part", part)
+    checkpoint = open_checkpoint(golden_dir)
+    plans = plan_params(checkpoint, param_specs(checkpoint.config), mesh)
+    reader = LayerReader(plans.blocks)
+    made, alive = [], []
+    read = reader._read
+
+    def watch(layer):
+        arrays = read(layer)
+        made.extend(weakref.ref(a) for a in arrays)
+        alive.append(sum(ref() is not None for ref in made) / len(arrays))
+        return arrays
+
+    monkeypatch.setattr(reader, "_read", watch)
+    expected = loading.load_params(checkpoint, param_specs(checkpoint.config), mesh, False).blocks
+    i = -1
+    for block in reader.layers():  # enumerate would hold on to the last one
+        i += 1
+        for leaf, stack in zip(jax.tree.leaves(block), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(leaf, stack[i])
+            assert tuple(leaf.sharding.spec) == tuple(stack.sharding.spec[1:])
+        del block, leaf, stack
+    assert i == 11 and max(alive) <= 2
+    if part is loading.HostPart:  # the same memory, over and over
+        kept = [p for slot in reader._parts for leaf in slot for p in leaf.values()]
+        assert sum(p.memory.nbytes for p in kept) < 2.5 * reader.layer_nbytes
+
+
+def test_a_pass_that_fails_leaves_the_model_usable(streamed, tokens):
+    class Fails(Exception):
+        pass
+
+    def fail(x):
+        raise Fails
+
+    before = streamed(tokens).logits
+    with pytest.raises(Fails) as error:  # which holds on to the failed pass, as a notebook does
+        streamed.run_with_cache(tokens, grokkit.Capture("resid_post", reduce=fail))
+    np.testing.assert_array_equal(streamed(tokens).logits, before)
+    assert error and not any("reading" in t.name for t in threading.enumerate())
+
+
+def test_a_file_that_goes_is_named(golden_dir, tmp_path, tokens):
+    shutil.copytree(golden_dir, tmp_path / "tiny")
+    lm = grokkit.load(
+        tmp_path / "tiny", grokkit.make_mesh(1, 2), "float32", progress=False, stream=True
+    )
+    lm(tokens)
+    (tmp_path / "tiny" / "ckpt-0" / "tensor00026_000").unlink()
+    with pytest.raises(CheckpointError, match=r"tensor00026_000\n.*was there when the checkpoint"):
+        lm(tokens)
