@@ -17,6 +17,7 @@ from grokkit.edits import (
 )
 from grokkit.errors import GrokkitError
 from grokkit.language_model import LanguageModel, load
+from grokkit.planning import plan
 from grokkit.processes import to_host
 from grokkit.sharding import make_mesh, virtual_devices
 from grokkit.taps import SITES, Capture
@@ -46,6 +47,7 @@ __all__ = [
     "download",
     "load",
     "make_mesh",
+    "plan",
     "to_host",
     "virtual_devices",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import grokkit
-from grokkit import cli_checkpoints, processes
+from grokkit import cli_checkpoints, cli_plan, processes
 from grokkit.batch_run import Record, read_prompts
 from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, stored_specs
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
@@ -230,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "conversion, all files, and refuse it if one was altered",
     )  # fmt: skip
     inspect.add_argument("--no-progress", action="store_true", help="no progress bar for --check")
+    cli_plan.add(commands, _mesh_shape)
     cli_checkpoints.add_commands(commands)
     return parser
 

@@ -41,7 +41,7 @@ class State(NamedTuple):
 
 
 @compiled(static_argnames=("captures",), donate_argnames=("cache", "seen"))
-def _prefill(
+def prefill(
     model: Grok | StreamedGrok,
     tokens: Array,
     lengths: Array,
@@ -74,7 +74,7 @@ def prefill_in_parts(
     captures: tuple[Capture, ...] = (),
     edits: tuple[Change, ...] = (),
 ) -> tuple[State, Draw, dict[str, Any]]:
-    """`_prefill` of long prompts part by part, so that memory does not grow with their length.
+    """`prefill` of long prompts part by part, so that memory does not grow with their length.
 
     What is captured is one array for the whole prompt, so that then there is one part.
     """
@@ -93,7 +93,7 @@ def prefill_in_parts(
         piece, counts_on_rows = (
             jax.device_put(a, P("data")) for a in (tokens[:, start : start + part], counts)
         )
-        (cache, _, seen), drawn, captured = _prefill(
+        (cache, _, seen), drawn, captured = prefill(
             model, piece, counts_on_rows, cache, rows, captures, edits, seen
         )
         # A row's draw is that of the part in which it ends.

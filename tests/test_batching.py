@@ -196,12 +196,12 @@ def test_compiling_ahead_leaves_nothing_to_compile(lm, pool, capsys):
     batch = ContinuousBatch(lm, slots=1, block=2, pad_sizes=(8, 24))
     batch.compile()
     assert "compiling: 100%" in capsys.readouterr().err
-    programs = generate._prefill._cache_size(), generate.decode._cache_size()
+    programs = generate.prefill._cache_size(), generate.decode._cache_size()
     prompt, request, tokens = pool[3]
     found = [batch.submit(prompt, 5, **request) for _ in range(3)]
     found.append(batch.submit([7] * 20, 5))
     batch.run()
-    assert (generate._prefill._cache_size(), generate.decode._cache_size()) == programs
+    assert (generate.prefill._cache_size(), generate.decode._cache_size()) == programs
     text = expected(lm, prompt, tokens, 5, None)[0]
     assert [g.text for g in found[:3]] == [text] * 3
 

@@ -240,13 +240,13 @@ def test_long_prompts_are_run_in_parts(lm8, prompts, monkeypatch):
     settings = Sampling(temperature=0.8, seed=5)
     whole = continue_golden(lm8, prompts, settings)
     monkeypatch.setattr(generate, "PREFILL_PART", 8)
-    prefill = generate._prefill
+    prefill = generate.prefill
 
     def counted(model, tokens, *rest):
         lengths.append(tokens.shape[1])
         return prefill(model, tokens, *rest)
 
-    monkeypatch.setattr(generate, "_prefill", counted)
+    monkeypatch.setattr(generate, "prefill", counted)
     found = continue_golden(lm8, prompts, settings)
     np.testing.assert_array_equal(found.token, whole.token)
     np.testing.assert_allclose(found.prob, whole.prob, rtol=1e-4)

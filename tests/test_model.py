@@ -399,7 +399,7 @@ def test_grok_1_takes_long_prompts_in_little_memory(grok_1):
     settings = Rows(of(jnp.float32, 1), of(jnp.float32, 1), of(jnp.uint32, 1))
     tokens, lengths = of(jnp.int32, 1, generate.PREFILL_PART), of(jnp.int32, 1)
     with jax.set_mesh(mesh):
-        program = generate._prefill.lower(grok_1, tokens, lengths, cache, settings, (), ())
+        program = generate.prefill.lower(grok_1, tokens, lengths, cache, settings, (), ())
         memory = program.compile().memory_analysis()
     weights_and_cache = sum(
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize

@@ -1,0 +1,98 @@
+"""What a model takes, said without it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import grokkit
+from grokkit import cli
+from grokkit.checkpoint.names import tensor_keys
+from grokkit.cli_plan import n_bytes
+from grokkit.errors import ConfigError, PromptError
+from grokkit.hlo import collectives
+from grokkit.planning import plan
+
+OFFICIAL_FILES = 318_239_886_140  # bytes, headers included
+
+
+@pytest.fixture(scope="module")
+def grok_1():
+    return plan(machines=[(8, 40 * 10**9), (4, 10**9)])
+
+
+def test_weights_are_the_official_files_less_their_headers(grok_1):
+    keys = tensor_keys(grokkit.GROK_1)
+    headers = 0
+    for key in keys:
+        payload = math.prod(key.shape) * key.dtype.itemsize
+        payload += 0 if key.scales_shape is None else 2 * math.prod(key.scales_shape)
+        headers += key.nbytes - payload
+    assert sum(key.nbytes for key in keys) == OFFICIAL_FILES and 100 < headers / len(keys) < 400
+    (weights,) = (row for row in grok_1.rows if row[0] == "weights")
+    assert weights[2] == OFFICIAL_FILES - headers
+    assert weights[2] / 8 < weights[3] < weights[2] / 8 * 1.001
+
+
+def test_cache_exchanges_and_reading(grok_1):
+    (cache,) = (row for row in grok_1.rows if row[0] == "KV cache")
+    assert cache[2] == pytest.approx(2 * 2**30, rel=1e-4) and cache[3] < 1.001 * 2**28
+    reduces = {c.kind: c for c in grok_1.collectives}["all-reduce"]
+    assert reduces.count == 2 * 64  # after attention and after the experts
+    assert reduces.nbytes == 2 * 64 * 6144 * 4
+    # Two of eight experts, all else, the embedding as unembedding, the cache.
+    experts = 64 * 8 * 3 * 6144 * 32768
+    rest = OFFICIAL_FILES - experts + cache[2]
+    assert grok_1.read_per_token == pytest.approx((experts / 4 + rest) / 8, rel=1e-2)
+
+
+def test_what_fits_is_said(grok_1):
+    temporaries = [row[3] for row in grok_1.rows if "temporaries" in row[0]]
+    kept = [row[3] for row in grok_1.rows if "temporaries" not in row[0]]
+    assert 0 < min(temporaries) < max(temporaries) < 2e9
+    assert grok_1.bytes_per_device == sum(kept) + max(temporaries) and grok_1.fits
+    forty, one = grok_1.verdicts
+    assert forty.mesh == (1, 8) and forty.whole and not forty.fits
+    assert one.mesh == (1, 4) and not one.whole and not one.fits
+    assert one.needed == pytest.approx(2 * sum(kept), rel=0.02)
+    for text in (repr(grok_1), grok_1._repr_html_()):
+        assert f"{grok_1.bytes_per_device:,}" in text and "128 x all-reduce a token" in text
+        assert "8 x 40 GB: mesh 1,8 does not fit, take" in text.replace(" ,", ",")
+        assert "weights and cache alone take" in text
+
+
+def test_captures_count(tiny_config):
+    found = plan(tiny_config, (1, 2), 32, captures=("resid_post", "pattern"), machines=[])
+    rows = {row[0]: row for row in found.rows}
+    assert rows["capture resid_post"][2] == 2 * 32 * 32 * 4
+    assert rows["capture pattern"][2:] == (2 * 8 * 32 * 32 * 4, 2 * 4 * 32 * 32 * 4)
+
+
+def test_exchanges_in_loops_count_as_often_as_they_turn():
+    mesh = grokkit.make_mesh(1, 2)
+
+    def body(x, _):
+        return jax.lax.psum(x, "model") * 0.5, None
+
+    def run(x):
+        return jax.lax.scan(lambda c, _: jax.lax.scan(body, c, length=3), x, length=5)[0]
+
+    spec = jax.sharding.PartitionSpec()
+    f = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    text = f.lower(jax.ShapeDtypeStruct((7, 3), jnp.float32)).compile().as_text()
+    assert [(c.kind, c.count, c.nbytes) for c in collectives(text)] == [
+        ("all-reduce", 15, 15 * 7 * 3 * 4)
+    ]
+
+
+def test_refused(tiny_config):
+    with pytest.raises(PromptError, match="multiple of the mesh's 2 'data' devices, found 3"):
+        plan(tiny_config, (2, 2), batch=3)
+    with pytest.raises(PromptError, match="from 1 to the model's 96, found 97"):
+        plan(tiny_config, (1, 2), context=97)
+    with pytest.raises(ConfigError, match="needs 16 devices, found 8"):
+        plan(tiny_config, (2, 8), batch=2)
+    assert [n_bytes(t) for t in ("80GB", "40 GiB", "7")] == [80 * 10**9, 40 * 2**30, 7]
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--device-memory", "80 apples"])
