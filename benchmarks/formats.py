@@ -30,12 +30,12 @@ CONFIG = grokkit.GrokConfig(
 )
 
 
-def write_random(directory: Path) -> None:
+def write_random(directory: Path, config: grokkit.GrokConfig = CONFIG) -> None:
     """A checkpoint in the official layout."""
     (directory / "ckpt-0").mkdir(parents=True)
-    CONFIG.to_json(directory / "config.json")
+    config.to_json(directory / "config.json")
     rng = np.random.default_rng(0)
-    for key in tensor_keys(CONFIG):
+    for key in tensor_keys(config):
         path = directory / "ckpt-0" / key.file_name
         if key.scales_shape is None:
             write_tensor(path, rng.random(key.shape, np.float32))
