@@ -78,6 +78,7 @@ def run_until(lines, signal_number, command, partial):
     return process.returncode
 
 
+@pytest.mark.slow
 def test_interrupts_neither_repeat_nor_lose_a_prompt(directory, checkpoint, whole, capsys):
     prompts, out = directory / "prompts.txt", directory / "out.jsonl"
     prompts.write_text("\n".join(PROMPTS) + "\n")

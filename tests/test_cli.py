@@ -19,7 +19,11 @@ SAMPLE_OPTIONS = [
     "--prompt", "--prompts", "--out", "--slots", "--max-len", "--temperature", "--top-p", "--top-k", "--min-p",
     "--repetition-penalty", "--allowed", "--seed", "--mesh", "--dtype",
     "--virtual-devices", "--no-progress",
-    "--processes", "--process", "--coordinator",
+    "--processes", "--process", "--coordinator", "--stream",
+]  # fmt: skip
+PLAN_OPTIONS = [
+    "--config", "--checkpoint", "--mesh", "--context", "--batch", "--capture", "--dtype",
+    "--device-memory",
 ]  # fmt: skip
 
 
@@ -44,7 +48,11 @@ def run(capsys, *arguments):
 
 @pytest.mark.parametrize(
     "command, options",
-    [("sample", SAMPLE_OPTIONS), ("inspect", ["--mesh", "--check", "--no-progress"])],
+    [
+        ("sample", SAMPLE_OPTIONS),
+        ("inspect", ["--mesh", "--check", "--no-progress"]),
+        ("plan", PLAN_OPTIONS),
+    ],
 )
 def test_help_documents_each_option(capsys, command, options):
     status, out, _ = run(capsys, command, "--help")

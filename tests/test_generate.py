@@ -354,6 +354,7 @@ def test_the_largest_seed_wraps_around(lm8):
     assert rows.seed.tolist() == [2**32 - 1, 0]
 
 
+@pytest.mark.slow
 def test_memory_stays_level_over_two_thousand_tokens(tiny_config):
     config = dataclasses.replace(tiny_config, context_length=2200)
     mesh = grokkit.make_mesh(1, 1)

@@ -134,6 +134,7 @@ def lm(checkpoint):
     return grokkit.load(checkpoint, mesh=mesh, dtype="float32", progress=False)
 
 
+@pytest.mark.slow
 def test_requests_are_answered_one_by_one_or_together(server, lm):
     with pytest.raises(TypeError, match="just-started generator"):
         server.send(Request("Two", 1.0, 1.0, 0, 3))

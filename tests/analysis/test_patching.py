@@ -180,6 +180,7 @@ def test_estimate_is_the_first_order(
         assert effect == pytest.approx(slope, rel=5e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_estimates_resemble_patching(tiny_config):
     """Where attention and experts add little to the stream, a sweep of what they add is linear.
 
