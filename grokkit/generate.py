@@ -23,11 +23,8 @@ from grokkit.errors import PromptError
 from grokkit.kv_cache import KVCache
 from grokkit.model import Grok
 from grokkit.sampling import Draw, Rows, Sampling, mark_seen, sample
-from grokkit.streamed_model import StreamedGrok
+from grokkit.streamed_model import PREFILL_PART, StreamedGrok
 from grokkit.taps import Capture, Change
-
-PREFILL_PART = 1024
-"""Tokens of a prompt that are run at once."""
 
 
 class State(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -80,22 +80,17 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes in all."""
-        return sum(row[2] for row in self.rows if row[0] != self._smaller)
+        return _sum((row[0], row[2]) for row in self.rows)
 
     @property
     def bytes_per_device(self) -> int:
         """Bytes on the fullest device."""
-        return sum(row[3] for row in self.rows if row[0] != self._smaller)
+        return _sum((row[0], row[3]) for row in self.rows)
 
     @property
     def fits(self) -> bool:
         """Whether a device has as much."""
         return self.bytes_per_device <= self.device_memory
-
-    @property
-    def _smaller(self) -> str:
-        """The temporaries that do not count."""
-        return min((r for r in self.rows if "temporaries" in r[0]), key=lambda r: r[3])[0]
 
     def _lines(self) -> list[str]:
         lines = []
@@ -209,8 +204,7 @@ class _Measured:
 
     @property
     def needed(self) -> int:
-        temporaries = [r[3] for r in self.rows if "temporaries" in r[0]]
-        return sum(r[3] for r in self.rows) - min(temporaries)
+        return _sum((row[0], row[3]) for row in self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +278,12 @@ class _Case:
             is_expert = "expert" in spec.axes[:-1] and "router" not in jax.tree_util.keystr(path)
             total += _bytes(spec, mesh)[1] * (share if is_expert else 1)
         return round(total)
+
+
+def _sum(rows: Iterable[tuple[str, int]]) -> int:
+    """All bytes but those of the smaller temporaries: the two programs do not run at once."""
+    rows = list(rows)
+    return sum(n for _, n in rows) - min(n for name, n in rows if "temporaries" in name)
 
 
 def _verdict(case: _Case, mesh: tuple[int, int], memory: int, found: _Measured | None) -> Verdict:

@@ -28,8 +28,8 @@ from grokkit.model import (
 )
 from grokkit.taps import Capture, Change
 
-_PART = 1024
-"""Tokens of a long prompt that a layer takes at once."""
+PREFILL_PART = 1024
+"""Tokens of a long prompt that are run at once."""
 _BAR_AFTER = 2.0
 """Seconds that a pass takes before its progress is shown."""
 
@@ -171,14 +171,19 @@ def _cut(
 ) -> list[tuple[Array, Rows]]:
     """The stream in parts of some positions each, with what belongs to them."""
     n = x.shape[1]
-    if whole or n <= _PART:
+    if whole or n <= PREFILL_PART:
         return [(x, rows)]
     return [
         (
-            x[:, start : start + _PART],
-            Rows(rows.positions[:, start : start + _PART], rows.visible, rows.start, rows.counts),
+            x[:, start : start + PREFILL_PART],
+            Rows(
+                rows.positions[:, start : start + PREFILL_PART],
+                rows.visible,
+                rows.start,
+                rows.counts,
+            ),
         )
-        for start in range(0, n, _PART)
+        for start in range(0, n, PREFILL_PART)
     ]
 
 

@@ -92,7 +92,7 @@ def test_captures_of_some_layers_and_reductions(streamed, tokens, golden_arrays)
 
 def test_the_same_tokens_are_drawn(streamed, resident, tokens, monkeypatch):
     """Prompts of several lengths in one pass, which takes them in parts, as it does long ones."""
-    monkeypatch.setattr(streamed_model, "_PART", 8)
+    monkeypatch.setattr(streamed_model, "PREFILL_PART", 8)
     prompts = [tokens[0].tolist(), tokens[1][:5].tolist(), tokens[1].tolist()]
     sampling = Sampling(temperature=[0.0, 0.8, 1.0], top_p=0.9, seed=3)
     edits = streamed._resolve([grokkit.RouterTemperature(2.0, layers=5)], [8, 5, 8])

@@ -40,7 +40,7 @@ from grokkit.checkpoint.plan_files import (
     index_of,
     plan_files,
 )
-from grokkit.checkpoint.refusal import refusal
+from grokkit.checkpoint.refusal import check_target, refusal
 from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import CheckpointError, ConfigError
 
@@ -100,7 +100,11 @@ def convert(
         check_digests(target, _finished(target), progress)
         _verify(target, files, progress)
         return open_checkpoint(target)
-    _check_target(target)
+    check_target(
+        target,
+        "choose another name, or remove what is there; with --verify, a finished conversion is "
+        "compared with its source",
+    )
     work = _Work(target, checkpoint, to, {p: str(s) for p, s in storages.items()}, shard_bytes)
     work.resume(progress)
     work.write(files, progress)
@@ -127,19 +131,6 @@ def _check_choices(dtype: str | None, experts: str | None, to: str) -> None:
     if experts and to == "official":
         raise ConfigError(
             "experts: the official layout has no 4-bit matrices; convert to safetensors"
-        )
-
-
-def _check_target(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise refusal(target.parent, "a directory to write into", "none", "create it first")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise refusal(
-            target,
-            "a new or empty directory",
-            f"{len(list(target.iterdir()))} entries in it" if target.is_dir() else "a file",
-            "choose another name, or remove what is there; with --verify, a finished conversion "
-            "is compared with its source",
         )
 
 

@@ -1,6 +1,10 @@
 """One form for every complaint about a checkpoint."""
 
+import contextlib
 import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
 
 from grokkit.errors import CheckpointError
 
@@ -27,3 +31,35 @@ def refusal(
     return CheckpointError(
         f"{os.fspath(where)}\n  expected: {expected}\n  found: {found}\n  what to do: {remedy}"
     )
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str = DOWNLOAD_AGAIN) -> Iterator[os.stat_result]:
+    """Give a regular file's status; what is then refused or cannot be read names the file."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            # Opening a pipe would wait forever.
+            raise Refused("a file", "a directory, pipe or device", remedy)
+        yield status
+    except Refused as e:
+        raise refusal(path, e.expected, e.found, e.remedy) from None
+    except OSError as e:
+        raise refusal(
+            path, "a readable file", e.strerror or str(e), "check the path and its permissions"
+        ) from None
+
+
+def check_target(
+    target: Path, remedy: str = "choose another name, or remove what is there"
+) -> None:
+    """**Raises:** `CheckpointError` unless a checkpoint can be written to a new or empty `target`."""
+    if not target.parent.is_dir():
+        raise refusal(target.parent, "a directory to write into", "none", "create it first")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise refusal(
+            target,
+            "a new or empty directory",
+            f"{len(list(target.iterdir()))} entries in it" if target.is_dir() else "a file",
+            remedy,
+        )

@@ -7,7 +7,6 @@ bytes of header length, a JSON header, the arrays' bytes in C order without gaps
 import dataclasses
 import json
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
-from grokkit.checkpoint.refusal import Refused, refusal
+from grokkit.checkpoint.refusal import Refused, reading
 from grokkit.checkpoint.tensor_file import ArraySpan
 
 DTYPES: dict[str, np.dtype] = {
@@ -59,20 +58,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     **Raises:** `CheckpointError` if the file is missing, cut short, or not of the format.
     """
     path = Path(path)
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise Refused("a file", "a directory, pipe or device", _REMEDY)
+    with reading(path, _REMEDY) as status:
         with open(path, "rb") as file:
             length = _header_length(file.read(8), status.st_size)
             text = file.read(length)
         metadata, spans = _parse(text, length, status.st_size)
-    except Refused as e:
-        raise refusal(path, e.expected, e.found, e.remedy) from None
-    except OSError as e:
-        raise refusal(
-            path, "a readable file", e.strerror or str(e), "check the path and its permissions"
-        ) from None
     return SafetensorsFile(path, status.st_size, metadata, spans)
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import CONFIG_FILE, FOLDER, TOKENIZER_FILE
 from grokkit.checkpoint.pickle_objects import BFLOAT16
-from grokkit.checkpoint.refusal import refusal
+from grokkit.checkpoint.refusal import check_target, refusal
 from grokkit.checkpoint.tensor_writer import write_tensor
 from grokkit.config import GrokConfig
 from grokkit.quant import QuantizedArray
@@ -47,7 +47,7 @@ def save_params(
     array is missing, not quantised, or of another shape or dtype than `config` says.
     """
     target = Path(directory).absolute()
-    _check_target(target)
+    check_target(target)
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise refusal(tokenizer, "a SentencePiece file", "no such file", "check the path")
     keys = tensor_keys(config)
@@ -148,18 +148,6 @@ def _on_host(array: Any, layer: int | None) -> np.ndarray:
         if layer in rows:
             out[shard.index[1:]] = data[layer - rows.start]
     return out
-
-
-def _check_target(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise refusal(target.parent, "a directory to write into", "none", "create it first")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise refusal(
-            target,
-            "a new or empty directory",
-            f"{len(list(target.iterdir()))} entries in it" if target.is_dir() else "a file",
-            "choose another name, or remove what is there",
-        )
 
 
 @contextlib.contextmanager

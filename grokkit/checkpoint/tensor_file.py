@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from grokkit.checkpoint.lazy import Stack, Unpacked
 from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
 from grokkit.checkpoint.pickle_walk import walk
-from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, refusal
+from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, reading, refusal
 from grokkit.errors import CheckpointError
 
 INT4 = np.dtype(ml_dtypes.int4)
@@ -197,21 +196,10 @@ def read_tensor(path: str | os.PathLike[str]) -> TensorFile:
     **Raises:** `CheckpointError` if the file is missing, or is not exactly one official tensor.
     """
     path = Path(path)
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            # Opening a pipe would wait forever.
-            raise Refused("a file", "a directory, pipe or device")
-        with open(path, "rb", buffering=_BUFFER) as file:
-            _refuse_stand_in(file.read(64), status.st_size)
-            file.seek(0)
-            note = walk(file, status.st_size)
-    except Refused as e:
-        raise refusal(path, e.expected, e.found, e.remedy) from None
-    except OSError as e:
-        raise refusal(
-            path, "a readable file", e.strerror or str(e), "check the path and its permissions"
-        ) from None
+    with reading(path) as status, open(path, "rb", buffering=_BUFFER) as file:
+        _refuse_stand_in(file.read(64), status.st_size)
+        file.seek(0)
+        note = walk(file, status.st_size)
     match note:
         case QuantizedNote(weight=ArrayNote() as weight, scales=ArrayNote() as scales):
             return TensorFile(path, status.st_size, _span(weight), _span(scales))
