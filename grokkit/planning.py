@@ -187,10 +187,10 @@ def plan(
         specs = stored_specs(checkpoint, specs)
     case = _Case(specs, sizes, context, batch, wanted, jnp.dtype(dtype))
     found = case.measure(mesh)
-    verdicts = []
+    measured, verdicts = {mesh: found}, []
     for n_devices, memory in machines:
         for on in _meshes(case, n_devices):
-            verdicts.append(_verdict(case, on, memory, found if on == mesh else None))
+            verdicts.append(_verdict(case, on, memory, measured))
     return Plan(
         sizes, mesh, context, batch, jnp.dtype(dtype).name, device_memory, found.rows,
         found.collectives, case.read_per_token(mesh), tuple(verdicts),
@@ -286,13 +286,17 @@ def _sum(rows: Iterable[tuple[str, int]]) -> int:
     return sum(n for _, n in rows) - min(n for name, n in rows if "temporaries" in name)
 
 
-def _verdict(case: _Case, mesh: tuple[int, int], memory: int, found: _Measured | None) -> Verdict:
+def _verdict(
+    case: _Case, mesh: tuple[int, int], memory: int, measured: dict[tuple[int, int], _Measured]
+) -> Verdict:
+    """Whether a mesh fits; what has to be measured for it joins `measured`."""
     kept = sum(row[3] for row in case.kept(mesh))
     n_devices = math.prod(mesh)
-    if found is None and kept > memory:
-        return Verdict(n_devices, memory, mesh, kept, whole=False)
-    found = case.measure(mesh) if found is None else found
-    return Verdict(n_devices, memory, mesh, found.needed, whole=True)
+    if mesh not in measured:
+        if kept > memory:
+            return Verdict(n_devices, memory, mesh, kept, whole=False)
+        measured[mesh] = case.measure(mesh)
+    return Verdict(n_devices, memory, mesh, measured[mesh].needed, whole=True)
 
 
 def _meshes(case: _Case, n_devices: int) -> list[tuple[int, int]]:

@@ -1,7 +1,6 @@
 """A checkpoint's layers read one after the other, the next while one is in use."""
 
 import threading
-import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +32,6 @@ class LayerReader:
         ]
         self._parts: list[Any] = [None, None]
         self._one_pass = threading.Lock()
-        self._read_bytes, self._read_seconds = 0, 0.0
 
     @property
     def nbytes(self) -> int:
@@ -45,15 +43,7 @@ class LayerReader:
         """Bytes of one layer."""
         return self.nbytes // self.n_layers
 
-    @property
-    def rate(self) -> float:
-        """Bytes a second at which layers were read so far; the first is read to measure it."""
-        if not self._read_bytes:
-            for _ in self.layers(stop=1):
-                pass
-        return self._read_bytes / self._read_seconds
-
-    def layers(self, start: int = 0, stop: int | None = None) -> Generator[PyTree]:
+    def layers(self, start: int = 0) -> Generator[PyTree]:
         """One layer after the other; while one is used, the next is read.
 
         Let go of each, and see that nothing computed from it is still under way, before asking
@@ -61,25 +51,20 @@ class LayerReader:
 
         **Arguments:**
 
-        - `start`, `stop`: the first layer, and the one before which to stop.
+        - `start`: the first layer.
         """
-        stop = self.n_layers if stop is None else stop
         with self._one_pass, ThreadPoolExecutor(1, "reading-layers") as pool:
-            pending = [pool.submit(self._read, start)] if start < stop else []
-            for layer in range(start, stop):
+            pending = [pool.submit(self._read, start)] if start < self.n_layers else []
+            for layer in range(start, self.n_layers):
                 ready = [pending.pop().result()]
-                if layer + 1 < stop:
+                if layer + 1 < self.n_layers:
                     pending.append(pool.submit(self._read, layer + 1))
                 # Nothing here may hold on to the layer while the next is read.
                 yield jax.tree.unflatten(self._treedef, ready.pop())
 
     def _read(self, layer: int) -> list[Any]:
-        began = time.perf_counter()
         plans = self._plans[layer]
         parts = self._parts[layer % 2]
         if parts is None:
             parts = self._parts[layer % 2] = [new_parts(plan) for plan in plans]
-        arrays = [read_leaf(plan, part) for plan, part in zip(plans, parts, strict=True)]
-        self._read_seconds += time.perf_counter() - began
-        self._read_bytes += sum(plan.nbytes for plan in plans)
-        return arrays
+        return [read_leaf(plan, part) for plan, part in zip(plans, parts, strict=True)]
