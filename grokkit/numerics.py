@@ -8,11 +8,13 @@ from jaxtyping import Array
 
 
 def einsum32(spec: str, a: Array, b: Array, dtype: Any) -> Array:
-    """`jnp.einsum(spec, a, b)` with the operands rounded to `dtype` and a float32 sum.
+    """`jnp.einsum(spec, a, b)` with the operands in `dtype` or better and a float32 sum.
 
     XLA's CPU backend has no bfloat16 product with a float32 sum for every shape, and widens
     bfloat16 operands where it has one. So on a CPU the operands are used as float32 throughout:
-    that is as fast there, and nothing is rounded away.
+    that is as fast there, and nothing is rounded away. Elsewhere a float32 matrix is not rounded
+    before the product either, which would write a copy of it: the hardware rounds what it reads,
+    to bfloat16 or finer.
 
     **Arguments:**
 
@@ -25,6 +27,8 @@ def einsum32(spec: str, a: Array, b: Array, dtype: Any) -> Array:
         return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
     def direct(a: Array, b: Array) -> Array:
+        if b.dtype == jnp.float32:
+            return jnp.einsum(spec, a.astype(jnp.float32), b)
         a, b = a.astype(dtype), b.astype(dtype)
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 

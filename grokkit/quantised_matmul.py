@@ -23,6 +23,8 @@ _BLOCK = 2**21
 the cost of starting a step is small beside them."""
 _SHORT_GROUP = 256
 """Groups with fewer entries than this would make products too small to be worth starting."""
+_A_ROW_OR_TWO = 2
+"""Up to this many rows an accelerator multiplies and adds faster than it starts a product."""
 MANY_ROWS = 128
 """From this many rows on products are as fast with rows as rows, and need not be turned round."""
 
@@ -67,7 +69,11 @@ def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Flo
     k, n = q.shape
     x = x.reshape(-1, q.groups, k // q.groups)
     weight = q.weight.reshape(n, q.groups, k // q.groups)
-    partial = einsum32("tgk,ngk->tgn", x, weight, dtype)
+    if x.shape[0] <= _A_ROW_OR_TWO:
+        rows, entries = x.astype(dtype).astype(jnp.float32), weight.astype(jnp.float32)
+        partial = jnp.stack([jnp.sum(entries * row, axis=-1).T for row in rows])
+    else:
+        partial = einsum32("tgk,ngk->tgn", x, weight, dtype)
     return jnp.sum(partial * q.scales.astype(jnp.float32), axis=1)
 
 

@@ -192,6 +192,7 @@ def test_slots_that_do_not_divide_over_the_mesh(tiny_lm):
         ContinuousBatch(odd, slots=3)
 
 
+@pytest.mark.slow
 def test_compiling_ahead_leaves_nothing_to_compile(lm, pool, capsys):
     batch = ContinuousBatch(lm, slots=1, block=2, pad_sizes=(8, 24))
     batch.compile()
@@ -222,6 +223,7 @@ def test_an_interrupt_cancels_what_runs_and_spares_what_waits(lm, batch, pool, m
     assert waiting.result() == expected(lm, prompt, tokens, 5, None)[0]
 
 
+@pytest.mark.slow
 def test_settings_that_few_use_beside_others(lm, batch, pool):
     """Texts that end, a repetition penalty, and their programs, which are left when they end."""
     wanted = [pool[4], pool[1], pool[0], pool[5]]

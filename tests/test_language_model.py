@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -272,6 +273,7 @@ def test_one_prompt_on_a_mesh_with_a_data_axis_is_refused(tiny_lm):
 # Loading
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="eight devices, with a CPU's default")
 def test_default_mesh_takes_as_many_devices_as_divide_the_shapes(golden_dir, tiny_config):
     lm = grokkit.load(golden_dir, progress=False)
     assert dict(lm.mesh.shape) == {"data": 1, "model": 8}

@@ -19,4 +19,7 @@ def test_sums_in_float32_whatever_the_operands(dtype, b_dtype):
     assert found.dtype == jnp.float32
     expected = a.astype(np.float64) @ b.astype(np.float64)
     size = np.abs(a).astype(np.float64) @ np.abs(b.astype(np.float64))
-    assert (np.abs(np.asarray(found) - expected) <= 1e-6 * size).all()
+    # Only a CPU leaves the operands of a bfloat16 product as they are.
+    rounded = dtype == "bfloat16" and jax.default_backend() != "cpu"
+    error = 2**-8 if rounded else 1e-6
+    assert (np.abs(np.asarray(found) - expected) <= error * size).all()

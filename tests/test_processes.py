@@ -76,6 +76,7 @@ def run_two(folder, checkpoints, task="all"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["some", pytest.param("more", marks=pytest.mark.slow)])
 def test_two_processes_are_one(checkpoint, tiny_lm, task, tmp_path):
     for status, _, err in finish(run_two(tmp_path, [checkpoint] * 2, task), 300):

@@ -60,6 +60,7 @@ def replaced(text: str, old: str, new: str) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_the_original_script_runs(checkpoint, tiny_config, tmp_path):
     code = script()
     assert THEIR_IMPORTS in code

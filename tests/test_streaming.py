@@ -90,6 +90,7 @@ def test_captures_of_some_layers_and_reductions(streamed, tokens, golden_arrays)
     assert relative_error(cache["resid_post"][1], stream.max(axis=-1)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_tokens_are_drawn(streamed, resident, tokens, monkeypatch):
     """Prompts of several lengths in one pass, which takes them in parts, as it does long ones."""
     monkeypatch.setattr(streamed_model, "PREFILL_PART", 8)

@@ -144,6 +144,7 @@ def test_sums_are_judged_exactly(lm):
     assert shares[3] == pytest.approx((unseen.sum(axis=1) < 100).mean())
 
 
+@pytest.mark.slow
 def test_card_of_an_untrained_model(lm, corpus, exported, capsys, monkeypatch):
     run, directory, _ = exported
     monkeypatch.setattr(evaluate, "BARS", {"red": 0.5, "blue": 1.5})

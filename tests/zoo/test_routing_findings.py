@@ -32,6 +32,7 @@ def data(tiny_config, tiny_tokenizer_file):
     return prepare(lm, PASSAGES, shortest, samples=9)
 
 
+@pytest.mark.slow
 def test_tables_fill_the_page(data, monkeypatch):
     monkeypatch.setattr("grokkit.zoo.nano.routing_tables.MIN_COUNT", 2)
     tables = measure(data, per_passage=1, progress=False)

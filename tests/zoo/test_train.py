@@ -54,6 +54,7 @@ def test_rate_decays_to_nothing_and_the_state_before_is_kept(whole, recipe):
     assert stable.decay == 1 and stable.step == math.ceil(24 * (1 - recipe.decay_share))
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_one(whole, recipe, corpus, tmp_path, monkeypatch):
     class Interrupted(Schedule):
         def remaining(self, step):

@@ -43,6 +43,7 @@ def _rounded(params, config):
     return params | {"layers": layers}, model
 
 
+@pytest.mark.slow
 def test_equals_the_projects_model_when_nothing_is_dropped(params, tokens, config):
     rounded, model = _rounded(params, config)
     mesh = grokkit.make_mesh(1, 1)
