@@ -1,5 +1,7 @@
 """The keys and values of the tokens seen so far."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,9 @@ class KVCache(eqx.Module):
     """Whether a slot holds a token that may be attended to: written, and no pad."""
     length: Int[Array, " batch"] | Declaration
     """Tokens of each sequence so far."""
+    is_new: bool = eqx.field(static=True, default=False)
+    """Whether it is known, before anything runs, that no token has been written yet: the first
+    tokens need only attend to each other then, not to every slot."""
 
     @staticmethod
     def specs(config: GrokConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
@@ -54,6 +59,7 @@ class KVCache(eqx.Module):
     ) -> "KVCache":
         """A cache without tokens, laid out over `mesh`."""
         specs = KVCache.specs(config, batch, capacity, dtype)
+        specs = dataclasses.replace(specs, is_new=True)
         return jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding(mesh)),
             specs,
@@ -98,6 +104,13 @@ def read(
     if found.dtype == jnp.uint16:
         found = jax.lax.bitcast_convert_type(found, jnp.bfloat16)
     return jax.reshard(found, partition_spec(_KEYS))
+
+
+def rounded(
+    buffer: _Stored, new: Float[Array, "batch position kv_head d_head"]
+) -> Float[Array, "batch position kv_head d_head"]:
+    """Keys (or values) as they would be read after they were written."""
+    return new.astype(jnp.bfloat16 if buffer.dtype == jnp.uint16 else buffer.dtype)
 
 
 def mark_visible(

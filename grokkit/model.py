@@ -1,5 +1,6 @@
 """Grok-1: embedding, a stack of decoder layers, and the tied unembedding."""
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -161,8 +162,8 @@ def with_tokens(cache: KVCache | None, rows: Rows) -> KVCache | None:
     """The cache with a pass's tokens counted, once all layers have written theirs."""
     if cache is None:
         return None
-    after = (rows.visible, rows.start + rows.counts)
-    return eqx.tree_at(lambda c: (c.visible, c.length), cache, after)
+    after = {"visible": rows.visible, "length": rows.start + rows.counts}
+    return dataclasses.replace(cache, **after, is_new=False)
 
 
 class Grok(eqx.Module):

@@ -25,8 +25,8 @@ _SHORT_GROUP = 256
 """Groups with fewer entries than this would make products too small to be worth starting."""
 _A_ROW_OR_TWO = 2
 """Up to this many rows an accelerator multiplies and adds faster than it starts a product."""
-MANY_ROWS = 128
-"""From this many rows on products are as fast with rows as rows, and need not be turned round."""
+_AS_COLUMNS = 64
+"""A number of rows whose products are twice as fast with the rows as columns."""
 
 
 def matmul(
@@ -77,9 +77,14 @@ def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Flo
     return jnp.sum(partial * q.scales.astype(jnp.float32), axis=1)
 
 
+def as_columns(rows: int) -> bool:
+    """Whether a CPU multiplies so many rows faster if they lie as columns."""
+    return rows <= few_rows.MOST_ROWS or rows == _AS_COLUMNS
+
+
 def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
     """`blocked`, in the orientation that suits the number of rows."""
-    if x.shape[0] < MANY_ROWS:
+    if as_columns(x.shape[0]):
         return blocked(x.T, w, dtype, k_axis=0).T
     return blocked(x, w, dtype, k_axis=1)
 

@@ -1,5 +1,6 @@
 """The model with its layers left on disk: each is read when a pass comes to it, and let go."""
 
+import dataclasses
 import functools
 from contextlib import closing
 from typing import Any, ClassVar
@@ -99,11 +100,13 @@ class StreamedGrok:
         found: dict[str, dict[int, Any]] = {}
         parts = _cut(x, rows, whole=cache is None or bool(captures))
         del x
-        layer = first
+        layer, is_new = first, cache is not None and cache.is_new
         with closing(self.reader.layers(first)) as blocks, self._bar(first) as bar:
             for block in blocks:
                 wanted = tuple(c for c in captures if _is_in(c, layer))
                 for i, (part, its_rows) in enumerate(parts):
+                    if cache is not None:
+                        cache = dataclasses.replace(cache, is_new=is_new and i == 0)
                     part, cache, kept = _run_layer(
                         block, part, its_rows, cache, jnp.int32(layer), self.dtype, wanted, edits
                     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import grokkit
-from grokkit.kv_cache import KVCache, mark_visible, read, write
+from grokkit.kv_cache import KVCache, mark_visible, read, rounded, write
 from grokkit.sharding import partition_spec
 
 CONFIG = grokkit.GrokConfig(
@@ -61,6 +61,9 @@ def test_what_is_written_is_rounded_to_the_caches_dtype(mesh):
         found = read(write(cache.keys, rows, 0, cache.length), 0)[None]
     assert found.dtype == jnp.bfloat16
     assert (np.asarray(found, np.float32)[0, :, 0] == 1.0).all()
+    for dtype in (jnp.bfloat16, jnp.float32):
+        keys = KVCache.empty(CONFIG, 2, 4, jnp.dtype(dtype), mesh).keys
+        np.testing.assert_array_equal(rounded(keys, rows), new.astype(jnp.dtype(dtype)))
 
 
 def test_visibility_of_new_tokens_replaces_that_of_their_slots(mesh):

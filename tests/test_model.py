@@ -250,6 +250,23 @@ def test_cached_steps_equal_the_full_forward_pass_at_every_position(
             assert error < ROUNDING, (row, position)
 
 
+def test_a_new_cache_gives_what_reading_its_empty_slots_too_gives(lm8, golden_arrays):
+    new = KVCache.empty(lm8.config, 2, 24, jnp.dtype(jnp.bfloat16), lm8.mesh)
+    assert new.is_new
+    tokens = golden_arrays["tokens"]
+    lengths = np.array([tokens.shape[1], 5], np.int32)
+    old = dataclasses.replace(new, is_new=False)
+    found, expected = (
+        forward(lm8.model, lm8.mesh, tokens, cache=cache, lengths=lengths) for cache in (new, old)
+    )
+    for row, n in enumerate(lengths):
+        assert relative_error(found.logits[row, :n], expected.logits[row, :n]) < ROUNDING
+    assert not found.cache.is_new
+    assert jax.tree.structure(found.cache) == jax.tree.structure(expected.cache)
+    pattern = forward(lm8.model, lm8.mesh, tokens, cache=new, captures=("pattern",))
+    assert pattern.captured["pattern"].shape[-1] == new.capacity
+
+
 def test_bfloat16_cache_holds_the_rounded_keys_and_values(lm8, golden_arrays, out8):
     cache = KVCache.empty(lm8.config, 2, 24, jnp.dtype(jnp.bfloat16), lm8.mesh)
     out = forward(lm8.model, lm8.mesh, golden_arrays["tokens"], cache=cache)

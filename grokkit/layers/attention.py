@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grokkit.config import GrokConfig
-from grokkit.kv_cache import KVCache, read, write
+from grokkit.kv_cache import KVCache, read, rounded, write
 from grokkit.layers.linear import column_parallel, row_parallel
 from grokkit.layers.rotary import rotate
 from grokkit.numerics import einsum32
@@ -82,15 +82,19 @@ class Attention(eqx.Module):
         v = tap("v", _split_heads(column_parallel(x, self.value, dtype), config.d_head))
         q = rotate(q, positions, config.rope_base)
         k = rotate(k, positions, config.rope_base)
+        whole = tap.wants("attn_scores") or tap.wants("pattern")  # over every slot, seen or not
         if cache is not None:
             start = positions[:, 0]
             keys = write(cache.keys, k, layer, start)
             values = write(cache.values, v, layer, start)
+            if cache.is_new and not whole:
+                k, v = rounded(keys, k), rounded(values, v)
+            else:
+                k, v = read(keys, layer), read(values, layer)
             cache = eqx.tree_at(lambda c: (c.keys, c.values), cache, (keys, values))
-            k, v = read(keys, layer), read(values, layer)
         key_positions = jnp.arange(k.shape[1])
-        mask = (key_positions <= positions[:, :, None]) & visible[:, None, :]
-        if k.shape[1] <= KEY_BLOCK or tap.wants("attn_scores") or tap.wants("pattern"):
+        mask = (key_positions <= positions[:, :, None]) & visible[:, None, : k.shape[1]]
+        if k.shape[1] <= KEY_BLOCK or whole:
             z = _attend(q, k, v, mask, config, dtype, tap)
         else:
             z = _attend_by_blocks(q, k, v, mask, config, dtype)
