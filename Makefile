@@ -32,8 +32,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@$(PYTEST) $(PYTEST_ARGS)
 
+# Compiled in full, as for a user; the others are not (conftest.py), or half their time would be
+# spent in the compiler.
 test-slow: $(VENV)/.installed-dev
-	@$(PYTEST) -m slow $(PYTEST_ARGS)
+	@GROKKIT_TEST_OPTIMISED=1 $(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-browser: $(VENV)/.installed-browser $(CHROMIUM)
 	@CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -q -m browser tests/browser $(PYTEST_ARGS)

@@ -118,9 +118,13 @@ def test_ends_of_the_stream(lm1, prompts):
 
 def test_data_parallel_mesh(lm1, prompts, golden_dir):
     lm = grokkit.load(golden_dir, mesh=grokkit.make_mesh(2, 1), dtype="float32", progress=False)
-    for run in (patch, attribution_patch):
-        expected, found = (run(m, *prompts, METRIC, Heads()).values for m in (lm1, lm))
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    args = (*prompts, METRIC, GRIDS["heads at some positions"])
+    # On one device what other tests have compiled.
+    expected = patch(lm1, *args, rows=17, progress=False).values
+    np.testing.assert_allclose(patch(lm, *args, progress=False).values, expected, atol=1e-4)
+    expected = attribution_patch(lm1, *args, at="clean").values
+    found = attribution_patch(lm, *args, at="clean").values
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 TRACED = []
