@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from grokkit.batching import ContinuousBatch, Generation
+from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import PromptError
 from grokkit.generate import bucket
 from grokkit.language_model import LanguageModel, load
@@ -226,9 +227,8 @@ class Record:
         """All are there: put them into the file, in order."""
         if not self.partial.exists():
             return
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_bytes(b"".join(self._encode(done[i]) for i in range(len(self.prompts))))
-        temporary.replace(self.path)
+        with atomic_file(self.path) as file:
+            file.write(b"".join(self._encode(done[i]) for i in range(len(self.prompts))))
         self.partial.unlink()
 
 

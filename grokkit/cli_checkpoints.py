@@ -8,6 +8,7 @@ from grokkit.checkpoint import convert, download
 from grokkit.checkpoint.converting import DTYPES, LAYOUTS
 from grokkit.checkpoint.downloading import REPOSITORY
 from grokkit.checkpoint.plan_files import SHARD_BYTES
+from grokkit.cli_arguments import n_bytes
 from grokkit.zoo import shipped
 
 
@@ -43,8 +44,8 @@ def add_commands(commands: Any) -> None:
         help="rows that share a scale in 4 bits (default: %(default)s)",
     )  # fmt: skip
     convert.add_argument(
-        "--shard-bytes", type=_size, default=SHARD_BYTES, metavar="N",
-        help="most bytes of a safetensors file (default: %(default)s)",
+        "--shard-bytes", type=n_bytes, default=SHARD_BYTES, metavar="BYTES",
+        help="most bytes of a safetensors file, as in 5GB (default: %(default)s)",
     )  # fmt: skip
     convert.add_argument(
         "--verify", action="store_true",
@@ -73,13 +74,6 @@ def add_commands(commands: Any) -> None:
 def writes_files(run: Callable[..., None]) -> bool:
     """Whether a command writes files, and so must tidy up after Ctrl-C."""
     return run in (_convert, _download)
-
-
-def _size(text: str) -> int:
-    size = int(text)
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {size}")
-    return size
 
 
 def _convert(options: argparse.Namespace) -> None:

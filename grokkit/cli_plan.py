@@ -2,18 +2,17 @@
 
 import argparse
 import math
-import re
 from typing import Any
 
 import jax
 
 from grokkit.checkpoint import open_checkpoint
+from grokkit.cli_arguments import n_bytes
 from grokkit.config import GROK_1, NANO, GrokConfig
 from grokkit.planning import MACHINES, plan
 from grokkit.sharding import virtual_devices
 
 _PRESETS = {"grok-1": GROK_1, "nano": NANO}
-_UNITS = {"": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TB": 10**12, "TIB": 2**40}
 
 
 def add(commands: Any, mesh_shape: Any) -> None:
@@ -58,15 +57,6 @@ def add(commands: Any, mesh_shape: Any) -> None:
         "--device-memory", type=n_bytes, default="80GB", metavar="BYTES",
         help="what a device has, as in 80GB or 40GiB (default: %(default)s)",
     )  # fmt: skip
-
-
-def n_bytes(text: str) -> int:
-    """`"80GB"` as a number of bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
-    n = round(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"expected bytes, as in 80GB or 40GiB; found {text!r}")
-    return n
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import pytest
 import grokkit
 from grokkit import cli
 from grokkit.checkpoint.names import tensor_keys
-from grokkit.cli_plan import n_bytes
+from grokkit.cli_arguments import n_bytes
 from grokkit.errors import ConfigError, PromptError
 from grokkit.hlo import collectives
 from grokkit.planning import plan

@@ -33,16 +33,6 @@ class LayerReader:
         self._parts: list[Any] = [None, None]
         self._one_pass = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a pass over all layers reads."""
-        return sum(plan.nbytes for layer in self._plans for plan in layer)
-
-    @property
-    def layer_nbytes(self) -> int:
-        """Bytes of one layer."""
-        return self.nbytes // self.n_layers
-
     def layers(self, start: int = 0) -> Generator[PyTree]:
         """One layer after the other; while one is used, the next is read.
 

@@ -426,7 +426,7 @@ def test_the_command(golden, tmp_path, capsys, tiny_tokenizer_file):
     shutil.copy(tiny_tokenizer_file, source / "tokenizer.model")
     target = tmp_path / "x"
     arguments = ["convert", str(source), str(target), "--verify", "--no-progress",
-                 f"--shard-bytes={SHARDS}"]  # fmt: skip
+                 f"--shard-bytes={SHARDS // 1000}kB"]  # fmt: skip
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{target}: 12 safetensors files, ")
