@@ -6,12 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from grokkit.config import GrokConfig
-from grokkit.errors import ConfigError
+from grokkit.errors import ConfigError, PromptError
 from grokkit.kv_cache import KVCache, mark_visible
 from grokkit.layers.attention import Attention
 from grokkit.layers.embedding import Embedding
@@ -204,7 +205,8 @@ class Grok(eqx.Module):
         **Arguments:**
 
         - `tokens`: token ids. Pad tokens are never attended to.
-        - `cache`: the tokens before these; the returned cache holds both.
+        - `cache`: the tokens before these; the returned cache holds both. Inside a compiled function
+            its lengths are not known: see there that it has room for `tokens`, pads included.
         - `lengths`: how many of each row's tokens are real when rows are padded on the right; all
             by default. The cache's lengths grow by this much.
         - `last_only`: give the logits of each row's last real token only, as one position.
@@ -212,7 +214,11 @@ class Grok(eqx.Module):
         - `resume`: begin at a layer, without captures or cache. Edits below it are not made.
 
         **Returns:** an `Output`.
+
+        **Raises:** `PromptError` if the cache is known to have no room for `tokens`.
         """
+        if cache is not None:
+            _check_room(cache, tokens.shape[1])
         x, rows, before = self.ends.enter(tokens, cache, lengths, captures, edits)
         if resume is None:
             x, cache, within = self._run_blocks(x, rows, cache, captures, edits)
@@ -314,6 +320,17 @@ def _store(
         return jax.lax.dynamic_update_index_in_dim(b, new, slot, 0)
 
     return jax.tree.map(store, buffer, value)
+
+
+def _check_room(cache: KVCache, n: int) -> None:
+    """Refuse tokens that would be written over others: writing beyond the end moves back."""
+    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
+    held = int(cache.length.max()) if known else 0
+    if held + n > cache.capacity:
+        raise PromptError(
+            f"cache: expected room for {n} more tokens, found {cache.capacity - held} of "
+            f"{cache.capacity} places free; make a cache of a larger capacity"
+        )
 
 
 def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import forward, random_model
 
 import grokkit
+from grokkit.errors import PromptError
 from grokkit.kv_cache import KVCache, mark_visible, read, rounded, write
 from grokkit.sharding import partition_spec
 
@@ -80,3 +82,14 @@ def test_visibility_of_new_tokens_replaces_that_of_their_slots(mesh):
         )
     expected = [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1]]
     np.testing.assert_array_equal(found, np.array(expected, bool))
+
+
+def test_more_tokens_than_there_is_room_for_are_refused():
+    mesh = grokkit.make_mesh(1, 1)
+    model = random_model(CONFIG, 0, mesh)
+    cache = KVCache.empty(CONFIG, 1, 6, jnp.dtype(jnp.float32), mesh)
+    with pytest.raises(PromptError, match="room for 7 more tokens, found 6 of 6 places free"):
+        forward(model, mesh, [[1] * 7], cache=cache)  # known when it is compiled
+    cache = forward(model, mesh, [[1] * 4], cache=cache).cache
+    with jax.set_mesh(mesh), pytest.raises(PromptError, match="3 more tokens, found 2 of 6"):
+        model(jnp.ones((1, 3), jnp.int32), cache=cache)
