@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,10 +282,18 @@ def _sample(options: argparse.Namespace) -> None:
         return
     tokens = lm.stream(options.prompt, options.max_len, **vars(_sampling(options)))
     show = print if processes.is_first() else _silent
-    show(options.prompt, end="", flush=True)
+    shown = _harmless if sys.stdout.isatty() else str
+    show(shown(options.prompt), end="", flush=True)
     for token in tokens:
-        show(token.text, end="", flush=True)
+        show(shown(token.text), end="", flush=True)
     show()
+
+
+def _harmless(text: str) -> str:
+    """Text with its control characters spelt out: a terminal would do what they say."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def _silent(*_: Any, **__: Any) -> None:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -80,6 +81,20 @@ def test_sample_prints_the_prompt_and_what_generate_gives(capsys, checkpoint):
     lm = grokkit.load(checkpoint, progress=False)
     assert (status, out) == (0, f"{PROMPT}{lm.generate(PROMPT, **settings)}\n")
     assert "loading random: 100%" in err
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown"),
+    [(True, "a\\x1b[2J\\r\t\\x9bé\n\\x00"), (False, "a\x1b[2J\r\t\x9bé\n\x00")],
+)
+def test_control_characters_do_not_reach_a_terminal(
+    terminal, shown, capsys, checkpoint, monkeypatch
+):
+    pieces = [SimpleNamespace(text=text) for text in ("a\x1b[2J", "\r\t\x9bé", "\n\x00")]
+    monkeypatch.setattr(grokkit.LanguageModel, "stream", lambda *_, **__: iter(pieces))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    status, out, _ = run(capsys, "sample", checkpoint, "--prompt", PROMPT, "--max-len=6")
+    assert (status, out) == (0, f"{PROMPT}{shown}\n")
 
 
 def test_sample_on_a_mesh_without_progress(capsys, checkpoint, monkeypatch):
