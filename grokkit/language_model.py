@@ -422,16 +422,18 @@ class LanguageModel:
         """Continue a text token by token; arguments as in `generate`.
 
         The prompt may be token ids instead: a text's own and those drawn so far, for example, with
-        another token in the last one's place.
+        another token in the last one's place. Where the mesh cuts a batch, each part of it runs the
+        same text.
 
         **Returns:** an iterator of `StreamedToken`s. Their texts, joined, are what `generate`
         returns for the same arguments.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
+        copies = [ids] * self.mesh.shape["data"]
         rounds = generate_tokens(
-            self.runnable, self.mesh, [ids], max_len, sampling, block=1,
-            edits=self._resolve(edits, [len(ids)]),
+            self.runnable, self.mesh, copies, max_len, sampling, block=1,
+            edits=self._resolve(edits, [len(ids)] * len(copies)),
         )  # fmt: skip
         return self._stream(ids, rounds)
 

@@ -443,7 +443,7 @@ def test_too_many_experts_are_refused_in_place(tiny_lm, settled, forced, forbidd
 
 @pytest.mark.slow
 def test_a_mesh_with_a_data_axis(tiny_config, tiny_tokenizer_file, tiny_lm, settled):
-    """Texts are repeated for it; what draws tokens one by one says that it cannot."""
+    """Texts are repeated for it."""
     mesh = make_mesh(2, 4)
     tokenizer = Tokenizer.from_file(tiny_tokenizer_file)
     lm = LanguageModel(random_model(tiny_config, 0, mesh), mesh, tokenizer, "spread")
@@ -462,5 +462,12 @@ def test_a_mesh_with_a_data_axis(tiny_config, tiny_tokenizer_file, tiny_lm, sett
             assert not settled(found).error
             metric = found.data["runs"]["1,1"]["metric"]
             assert metric == pytest.approx(expected.data["values"][1][1], abs=1e-3)
-    playground = settled(SamplingPlayground(lm, TEXT))
-    assert "must divide over the mesh's 2 'data' devices" in playground.error
+    there, here = (settled(SamplingPlayground(each, TEXT, max_len=4)) for each in (lm, tiny_lm))
+    assert not there.error and there.token_ids == here.token_ids and len(there.token_ids) == 4
+    routing = {}
+    for each in (lm, tiny_lm):
+        explorer = RoutingExplorer(each, TEXT, n_new=3)
+        explorer.change(forced=[1])
+        routing[each] = settled(explorer).data["outcome"]
+    assert routing[lm]["texts"] == routing[tiny_lm]["texts"]
+    np.testing.assert_allclose(routing[lm]["losses"], routing[tiny_lm]["losses"], atol=1e-3)
