@@ -23,11 +23,13 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx.ext.doctest",
 ]
-exclude_patterns = ["_build", "_templates", "_explorers"]
+exclude_patterns = ["_build", "_templates", "_static", "_explorers"]
 templates_path = ["_templates"]
 
 html_theme = "furo"
 html_title = "grokkit"
+html_static_path = ["_static"]
+html_css_files = ["grokkit.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -50,6 +52,7 @@ subprocess.run(
 )
 
 autodoc_member_order = "bysource"
+autoclass_content = "both"  # a class's arguments stand in its __init__
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 88

@@ -94,7 +94,7 @@ def causal_versus_observed(
     - `observed`: a number of each case, experts on the last axis, from watching.
     - `effect`: what intervening on the case changes, shaped alike. Cases with a NaN are left out.
     - `x_label`, `y_label`: what the numbers mean, with units.
-    - `interval`: lower and upper end of each effect, for whiskers.
+    - `interval`: lower and upper end of each effect, for whiskers; fainter where there are many.
     - `title`: over the figure.
 
     **Raises:** `GrokkitError` for shapes that do not fit, more experts than colours or no case
@@ -123,6 +123,7 @@ def causal_versus_observed(
             raise GrokkitError(f"interval: expected two arrays of shape {effect.shape}, found "
                                f"{' and '.join(str(end.shape) for end in ends)}")  # fmt: skip
     size = float(np.clip(3000 / known.sum(), 5, 36))
+    faint = float(np.clip(150 / known.sum(), 0.06, 0.4))
     figure = Figure(figsize=(6.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color="black", linewidth=0.8)
@@ -131,9 +132,10 @@ def causal_versus_observed(
         x, y = observed[..., expert][cases], effect[..., expert][cases]
         if ends is not None:
             low, high = (end[..., expert][cases] for end in ends)
-            axes.vlines(x, low, high, color=EXPERT_COLOURS[expert], alpha=0.4, linewidth=1)
+            axes.vlines(x, low, high, color=EXPERT_COLOURS[expert], alpha=faint, linewidth=1,
+                        zorder=1)  # fmt: skip
         axes.scatter(x, y, size, color=EXPERT_COLOURS[expert], edgecolor="white", linewidth=0.3,
-                     alpha=0.9)  # fmt: skip
+                     alpha=0.9, zorder=2)  # fmt: skip
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title)

@@ -103,7 +103,7 @@ def weight_layout(arrays: Mapping[str, Any], title: str = "How arrays lie over d
         if getattr(array, "sharding", None) is None:
             raise GrokkitError(f"{name}: expected an array with a sharding, found "
                                f"{type(array).__name__}")  # fmt: skip
-    columns = min(4, len(arrays))
+    columns = 2 if len(arrays) == 4 else min(3, len(arrays))
     rows = math.ceil(len(arrays) / columns)
     figure = Figure(figsize=(max(4.5, 2.9 * columns), 2.5 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)

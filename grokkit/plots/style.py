@@ -27,6 +27,8 @@ MISSING = "#DDDDDD"
 
 _LABELLED_TOKENS = 128
 """Most tokens that an axis labels; beyond, every second or third."""
+_SLANTED_TOKENS = 32
+"""Most tokens whose labels slant; beyond, they stand upright and are smaller."""
 
 
 def token_label(token: str, longest: int = 16) -> str:
@@ -92,19 +94,21 @@ def ink(colour: Any) -> str:
 
 def token_inches(n: int) -> float:
     """How long an axis of `n` tokens should be."""
-    return 0.34 * n if n <= 24 else 0.19 * min(n, _LABELLED_TOKENS)
+    return 0.34 * n if n <= 24 else max(0.34 * 24, 0.19 * min(n, _LABELLED_TOKENS))
 
 
 def token_axis(axes: Axes, tokens: Sequence[str], which: str = "x") -> None:
-    """Label an axis with tokens; on the x axis they stand upright where there are many."""
+    """Label an axis with tokens; on the x axis they lie, slant or stand, as there is room."""
     n = len(tokens)
     step = math.ceil(n / _LABELLED_TOKENS)
     places = np.arange(0, n, step)
     labels = [token_label(t) for t in tokens[::step]]
-    size = 9 if n <= 24 else 7.5
+    size = 9 if n <= _SLANTED_TOKENS else 7.5
     if which == "y":
         axes.set_yticks(places, labels, fontsize=size)
-    elif n <= 24:
+    elif n <= _SLANTED_TOKENS and max(map(len, labels)) <= 2:
+        axes.set_xticks(places, labels, fontsize=size)
+    elif n <= _SLANTED_TOKENS:
         axes.set_xticks(places, labels, fontsize=size, rotation=60, ha="right",
                         rotation_mode="anchor")  # fmt: skip
     else:

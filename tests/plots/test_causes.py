@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from figures import assert_fit_to_show
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 from grokkit import plots
@@ -36,6 +37,10 @@ def test_causal_versus_observed(rng, n_layers):
     assert [len(p.get_offsets()) for p in points] == [5 * n_layers - 1, *[5 * n_layers] * 7]
     for expert, shown in enumerate(points):
         assert to_hex(shown.get_facecolors()[0]).upper() == plots.EXPERT_COLOURS[expert]
+    whiskers = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    assert len(whiskers) == 8 and all(w.get_zorder() < points[0].get_zorder() for w in whiskers)
+    faint = 0.06 if n_layers == 64 else 0.4  # so many whiskers would hide each other
+    assert {w.get_alpha() for w in whiskers} == {faint}
     np.testing.assert_allclose(points[3].get_offsets()[:, 0], use[..., 3].ravel())
     np.testing.assert_allclose(points[3].get_offsets()[:, 1], harm[..., 3].ravel())
 

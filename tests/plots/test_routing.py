@@ -46,10 +46,6 @@ def test_a_cell_on_the_page_has_the_experts_colour():
         assert to_hex(seen / 255).upper() == plots.EXPERT_COLOURS[expert]
 
 
-def test_colours_differ():
-    assert len(set(plots.EXPERT_COLOURS)) == 8
-
-
 @pytest.mark.parametrize("n_layers", [8, 64])
 def test_expert_load(rng, n_layers):
     experts = choices(rng, n_layers, 400)
