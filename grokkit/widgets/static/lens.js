@@ -39,7 +39,7 @@ views.lens = (context) => {
         "data-position": i, "data-id": top[d][i][0], "data-p": probs[d][i][0],
         "aria-label": `${name}, token ${i}: ${named(names[top[d][i][0]])} ${percent(probs[d][i][0])}`,
         style: { background: mix(BLUE, 0.7 * probs[d][i][0]) },
-      }, inText(names[top[d][i][0]])))))).reverse();
+      }, named(names[top[d][i][0]])))))).reverse();
     refill(grid, make("table", {}, make("thead", {}, head), make("tbody", {}, rows)));
   }
 
