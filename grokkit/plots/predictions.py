@@ -47,7 +47,8 @@ def next_token(tokens: Sequence[str], probs: Float[np.ndarray | Array, " alterna
     axes = figure.add_subplot()
     places = np.arange(len(tokens))[::-1]
     bars = axes.barh(places, probs, color=EXPERT_COLOURS[0])
-    axes.bar_label(bars, [f"{p:.1%}" for p in probs], padding=3, fontsize=9)
+    words = [f"{p:.1%}" if p >= 0.0005 else "<0.1%" for p in probs]
+    axes.bar_label(bars, words, padding=3, fontsize=9)
     axes.set_yticks(places, [token_label(t) for t in tokens])
     axes.set_xlim(0, float(probs.max()) * 1.2 or 1.0)
     axes.xaxis.set_major_formatter(lambda p, _: f"{p:.0%}")

@@ -1,5 +1,6 @@
 """Exported pages work from disk, offline, and every notebook opens without an error."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,18 @@ def test_a_notebook_opens_without_an_error(lab, chromium, path, shoot):
     watched.page.wait_for_function(
         """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel
             ?.connectionStatus === "connected" """
+    )
+    stored = [output for cell in json.loads(path.read_text())["cells"]
+              for output in cell.get("outputs", ())]  # fmt: skip
+    pictures = sum("image/png" in output.get("data", {}) for output in stored)
+    assert pictures > 1
+    watched.page.wait_for_function(
+        """n => [...document.querySelectorAll(".jp-OutputArea-output img")]
+            .filter(image => image.naturalWidth > 0).length === n""",
+        arg=pictures,
+    )
+    assert (
+        watched.page.locator('[data-mime-type$="stderr"], [data-mime-type$=".error"]').count() == 0
     )
     shoot(watched.page, f"notebook-{path.stem}")
     watched.check()

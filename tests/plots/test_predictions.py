@@ -9,10 +9,11 @@ from grokkit import plots
 
 
 def test_next_token():
-    figure = plots.next_token([" the", " a", "\n"], np.array([0.5, 0.3, 0.1]))
+    figure = plots.next_token([" the", " a", "\n"], np.array([0.5, 0.3, 0.0001]))
     assert_fit_to_show(figure)
     widths = [bar.get_width() for bar in figure.axes[0].patches]
-    np.testing.assert_allclose(widths, [0.5, 0.3, 0.1])
+    np.testing.assert_allclose(widths, [0.5, 0.3, 0.0001])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["50.0%", "30.0%", "<0.1%"]
 
 
 @pytest.mark.parametrize("prob", [1.0, 0.0])
