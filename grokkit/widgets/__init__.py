@@ -12,8 +12,8 @@ explorer = RoutingExplorer(lm, "Two and two make four")
 explorer
 ```
 
-While one shows that it computes, do not run a model that lies on several accelerators from a cell:
-two programs that talk across devices must not be started at the same time.
+Explorers and cells take turns with the devices: a cell that is run while one computes waits for it,
+and the other way round.
 """
 
 from grokkit.widgets.attention import AttentionExplorer

@@ -1,13 +1,78 @@
 """A background thread that works on the latest request and drops what is stale."""
 
 import contextlib
+import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-# Explorers take turns with the devices: what one waits for is at most one computation of another.
-_DEVICES = threading.Lock()
 _NOTHING = object()
+
+
+class _Turns:
+    """Explorers and a notebook's cells take turns with the devices.
+
+    Two programs that exchange data between devices must not be started at the same time: with one
+    program first on some devices and the other first on others, both would wait for ever. What one
+    waits for is at most one computation of an explorer, or the cell.
+    """
+
+    def __init__(self) -> None:
+        self._devices = threading.Lock()
+        self._cell: int | None = None  # the thread of the cell whose turn it is
+        self._depth = 0  # a cell may run another
+        self._shell: Any = None
+
+    @contextlib.contextmanager
+    def explorer(self) -> Iterator[None]:
+        """An explorer's turn."""
+        with self._devices:
+            yield
+
+    @contextlib.contextmanager
+    def given_up(self) -> Iterator[None]:
+        """While a cell waits for an explorer, it is not the cell's turn."""
+        if self._cell != threading.get_ident():
+            yield
+            return
+        depth, self._cell = self._depth, None
+        self._devices.release()
+        try:
+            yield
+        finally:
+            self._devices.acquire()
+            self._cell, self._depth = threading.get_ident(), depth
+
+    def watch_cells(self) -> None:
+        """Know of the cells of the notebook that this runs in, if it does."""
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        if shell is None or shell is self._shell:
+            return
+        self._shell = shell
+        shell.events.register("pre_run_cell", self._begin)
+        shell.events.register("post_run_cell", self._end)
+        frame = sys._getframe()
+        while frame is not None and frame.f_code is not type(shell).run_code.__code__:
+            frame = frame.f_back
+        if frame is not None:  # called from a cell, which has begun already
+            self._begin()
+
+    def _begin(self, *_: Any) -> None:
+        if self._cell != threading.get_ident():
+            self._devices.acquire()
+            self._cell, self._depth = threading.get_ident(), 0
+        self._depth += 1
+
+    def _end(self, *_: Any) -> None:
+        if self._cell == threading.get_ident():
+            self._depth -= 1
+            if self._depth == 0:
+                self._cell = None
+                self._devices.release()
+
+
+_TURNS = _Turns()
 
 
 class Latest:
@@ -39,6 +104,7 @@ class Latest:
         """Held during every callback; take it to change what they change."""
         self._idle = threading.Event()
         self._idle.set()
+        _TURNS.watch_cells()
         self._waiting: Any = _NOTHING
 
     def submit(self, request: Any) -> None:
@@ -52,7 +118,8 @@ class Latest:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; false if that takes more than `timeout` seconds."""
-        return self._idle.wait(timeout)
+        with _TURNS.given_up():
+            return self._idle.wait(timeout)
 
     @property
     def _superseded(self) -> bool:
@@ -65,7 +132,7 @@ class Latest:
                     self._change(False)
                     self._idle.set()
                     return
-            with _DEVICES:
+            with _TURNS.explorer():
                 with self.lock:  # the latest once it is this explorer's turn
                     request, self._waiting = self._waiting, _NOTHING
                 self._answer(request)

@@ -180,6 +180,9 @@ def notebook(lab, chromium):
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.wait_for_selector(".grokkit-patching .grokkit-view")
     page.wait_for_function(IDLE)
+    # Results that arrive move what lies below them.
+    ready = "document.querySelectorAll('.grokkit-explorer .gk-ready').length"
+    page.wait_for_function(f"{ready} === 5")
     yield watched
     context.close()
 
@@ -204,9 +207,10 @@ class Kernel:
 
     def ask(self, expression: str):
         """The value of an expression, by way of JSON."""
+        # In a cell, and not as a user expression alone: cells take turns with the explorers.
         reply = self._client.execute(
-            "", store_history=False, reply=True, timeout=PATIENCE,
-            user_expressions={"it": f"json.dumps({expression})"},
+            f"_asked = json.dumps({expression})", store_history=False, reply=True,
+            timeout=PATIENCE, user_expressions={"it": "_asked"},
         )["content"]["user_expressions"]["it"]  # fmt: skip
         assert reply["status"] == "ok", reply
         return json.loads(ast.literal_eval(reply["data"]["text/plain"]))

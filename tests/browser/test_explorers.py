@@ -126,9 +126,8 @@ def test_attention(page, kernel, expect, shoot):
     # The map: the same weight, under the pointer.
     n = len(pattern)
     place = root.locator(".gk-map").bounding_box()
-    page.mouse.move(
-        place["x"] + (1.5 / n) * place["width"], place["y"] + (5.5 / n) * place["height"]
-    )
+    at = {"x": 1.5 / n * place["width"], "y": 5.5 / n * place["height"]}
+    root.locator(".gk-map").hover(position=at)
     expect(root.locator(".gk-readout")).to_contain_text(re.compile(r"token 5 .* → token 1 .*%"))
     percent = root.locator(".gk-readout").text_content().rsplit(" ", 1)[1].strip("<%")
     assert float(percent) / 100 == pytest.approx(pattern[5][1], abs=0.006)

@@ -1,5 +1,7 @@
 """The latest request wins, whatever happens to those before it."""
 
+import subprocess
+import sys
 import threading
 
 from grokkit.widgets.latest import Latest
@@ -90,3 +92,47 @@ def test_explorers_take_turns():
     first.finish()
     second.finish()
     assert second.delivered == ["waits begun", "waits done"]
+
+
+CELLS = """
+import threading
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+
+def run(cell):
+    shell.run_cell(cell).raise_error()
+
+run('''
+import threading
+from grokkit.widgets.latest import Latest
+began, go_on, done = threading.Event(), threading.Event(), []
+def compute(request):
+    began.set()
+    if request == "slow":
+        assert go_on.wait(60)
+    done.append(request)
+    yield request
+latest = Latest(compute, print, print, lambda busy: None)
+latest.submit("first")
+assert not began.wait(0.3), "an explorer began while a cell ran"
+''')
+assert shell.user_ns["latest"].wait(60) and shell.user_ns["done"] == ["first"]
+run("latest.submit('second'); assert latest.wait(60) and done[-1] == 'second'; began.clear()")
+run("latest.submit('slow')")
+assert shell.user_ns["began"].wait(60)
+threading.Timer(0.3, shell.user_ns["go_on"].set).start()
+run("assert done[-1] == 'slow', 'a cell began while an explorer computed'")
+try:
+    run("latest.submit('after an error'); 1 / 0")
+except ZeroDivisionError:
+    pass
+assert shell.user_ns["latest"].wait(60) and shell.user_ns["done"][-1] == "after an error"
+print("all held")
+"""
+
+
+def test_explorers_and_cells_take_turns():
+    told = subprocess.run(
+        [sys.executable, "-c", CELLS], check=False, stdout=subprocess.PIPE, text=True, timeout=120
+    ).stdout
+    assert told.splitlines()[-1:] == ["all held"], told
