@@ -53,7 +53,6 @@ subprocess.run(
 
 autodoc_member_order = "bysource"
 autoclass_content = "both"  # a class's arguments stand in its __init__
-autodoc_default_options = {"special-members": "__call__"}
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
