@@ -25,8 +25,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-MOST_ROWS = 8
-"""Up to this many rows reading the matrix takes longer than the arithmetic does."""
+from grokkit.tiles import LANES, tile
+
+MOST_ROWS = 16
+"""Up to this many rows it is faster than XLA's products; up to four it is the speed of reading."""
 
 _TARGET = "grokkit_few_rows"
 _A_THREAD = 2**18
@@ -54,18 +56,25 @@ def _called_from_c(function: Callable[..., Any]) -> Any:
         return cfunc(signature)(function)
 
 
+def takes(rows: int, group: int) -> bool:
+    """Whether `product` is for so many rows, and for groups of so many entries."""
+    has_threads = os.name == "posix"  # of the kind that are started below
+    return has_threads and rows <= MOST_ROWS and group >= LANES
+
+
 def product(
     x: Float[Array, "row k"],
     weight: Int8[Array, "matrix_n k"],
     scales: BFloat16[Array, "matrix_g n"],
     place: Int[Array, ""],
-) -> Float[Array, "n row"]:
-    """`(x @ w).T` for the matrix `w` at a place in a stack, on a CPU.
+) -> Float[Array, "row n"]:
+    """`x @ w` for the matrix `w` at a place in a stack, on a CPU.
 
     **Arguments:**
 
-    - `x`: rows, in float32; as quick as reading the matrix up to `MOST_ROWS`.
-    - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows.
+    - `x`: rows, in float32.
+    - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows. A
+        group has at least `LANES` entries.
     - `place`: which matrix.
 
     Under `shard_map` all must be of one type.
@@ -77,7 +86,7 @@ def product(
     numbers = jnp.stack([place, jnp.int32(groups), jnp.int32(threads)])
     numbers = numbers + 0 * weight[0, :1].astype(jnp.int32)
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
-    result = jax.typeof(jnp.zeros((n, 1)) * x[:, 0])
+    result = jax.typeof(jnp.zeros((1, n)) * x[:, :1])
     call = jax.ffi.ffi_call(_TARGET, result, vmap_method="sequential")
     return call(x, weight, bits, numbers)
 
@@ -97,49 +106,48 @@ def _cores() -> int:
 # The loops
 
 
-@_compiled
-def _one(w: Any, x: Any) -> Any:
-    total = np.float32(0)
-    for i in range(w.shape[0]):
-        total += np.float32(w[i]) * x[i]
-    return total
+def _tiles(outputs: int) -> Any:
+    """A function that computes a tile of so many outputs and up to four rows."""
+    one, two, three, four = (tile(outputs, rows) for rows in (1, 2, 3, 4))
+
+    def compute(rows: int, place: Any, how: Any) -> None:
+        if rows >= 4:
+            four(*place, *how)
+        elif rows == 3:
+            three(*place, *how)
+        elif rows == 2:
+            two(*place, *how)
+        else:
+            one(*place, *how)
+
+    return _compiled(compute)
+
+
+_OUTPUTS = 4
+_some_outputs, _one_output = _tiles(_OUTPUTS), _tiles(1)
+_BYTES = 2**18
+"""Of the matrix, which stay in the processor's second cache while four rows after another meet
+them, those in the first."""
 
 
 @_compiled
-def _two(w: Any, x: Any, y: Any) -> Any:
-    """Two rows at once, since turning the matrix to floats takes as long as a product does."""
-    of_x = of_y = np.float32(0)
-    for i in range(w.shape[0]):
-        entry = np.float32(w[i])
-        of_x += entry * x[i]
-        of_y += entry * y[i]
-    return of_x, of_y
-
-
-@_compiled
-def _float(bits: Any) -> Any:
-    """A bfloat16: the upper half of a float32."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@_compiled
-def _multiply(x: Any, weight: Any, scales: Any, out: Any, first: int, last: int) -> None:
-    """Outputs `first` to `last`: x [row, group, k], weight [n, group, k], scales [group, n]."""
-    rows, groups = x.shape[0], x.shape[1]
-    for j in range(first, last):
-        for r in range(0, rows - 1, 2):
-            of_x = of_y = np.float32(0)
-            for g in range(groups):
-                scale = _float(scales[g, j])
-                part_x, part_y = _two(weight[j, g], x[r, g], x[r + 1, g])
-                of_x += part_x * scale
-                of_y += part_y * scale
-            out[j, r], out[j, r + 1] = of_x, of_y
-        if rows % 2:
-            total = np.float32(0)
-            for g in range(groups):
-                total += _one(weight[j, g], x[rows - 1, g]) * _float(scales[g, j])
-            out[j, rows - 1] = total
+def _multiply(task: Any, first: int, last: int) -> None:
+    """Outputs `first` to `last` of a product."""
+    x, weight, scales, out, rows, k, groups, n = task
+    at_once = max(1, _BYTES // (k * _OUTPUTS)) * _OUTPUTS if rows > 4 else last - first
+    how = (groups, k // groups, n, 4 * k)
+    for start in range(first, last, at_once):
+        end = min(start + at_once, last)
+        for r in range(0, rows, 4):
+            j = start
+            while j < end:
+                place = (x + 4 * k * r, weight + k * j, scales + 2 * j, out + 4 * (n * r + j))
+                if end - j >= _OUTPUTS:
+                    _some_outputs(rows - r, place, how)
+                    j += _OUTPUTS
+                else:
+                    _one_output(rows - r, place, how)
+                    j += 1
 
 
 # Sharing a product between threads. Starting a thread, or waking one that sleeps, takes as long
@@ -198,12 +206,9 @@ _add, _exchange = _atomic("add"), _atomic("xchg")
 @_compiled
 def _piece(task: Any, piece: int, pieces: int) -> None:
     """One piece of a product: where the four arrays begin; rows, k, groups and n."""
-    rows, groups, size, n = task[4], task[6], task[5] // task[6], task[7]
-    x = carray(_pointer(task[0]), (rows, groups, size), dtype=np.float32)
-    weight = carray(_pointer(task[1]), (n, groups, size), dtype=np.int8)
-    scales = carray(_pointer(task[2]), (groups, n), dtype=np.uint16)
-    out = carray(_pointer(task[3]), (n, rows), dtype=np.float32)
-    _multiply(x, weight, scales, out, n * piece // pieces, n * (piece + 1) // pieces)
+    n = task[7]
+    whole = (task[0], task[1], task[2], task[3], task[4], task[5], task[6], n)
+    _multiply(whole, n * piece // pieces, n * (piece + 1) // pieces)
 
 
 @_compiled
@@ -291,7 +296,7 @@ def _handle(frame_at: int) -> int:
     x, weight = _words(arguments[0], _BUFFER_SIZE), _words(arguments[1], _BUFFER_SIZE)
     scales, numbers = _words(arguments[2], _BUFFER_SIZE), _words(arguments[3], _BUFFER_SIZE)
     out = _words(results[0], _BUFFER_SIZE)
-    (rows, k), n = _words(x[_SIZES], 2), _words(out[_SIZES], 1)[0]
+    (rows, k), n = _words(x[_SIZES], 2), _words(out[_SIZES], 2)[1]
     place, groups, threads = carray(_pointer(numbers[_DATA]), (3,), dtype=np.int32)
     task = np.empty(_TASK_SIZE, np.int64)
     task[0], task[3] = x[_DATA], out[_DATA]

@@ -164,7 +164,8 @@ def put_rows(cache: KVCache, new: KVCache, at: Int[Array, " row"]) -> KVCache:
     found = jax.shard_map(local, in_specs=(specs, specs, specs[3]), out_specs=specs)(
         whole, jax.reshard(parts, specs), at
     )
-    return KVCache(*found)
+    keys, values, visible, length = found
+    return KVCache(keys, values, visible, length)
 
 
 def put_row(whole: Array, part: Array, axis: int, row: int, at: Int[Array, ""]) -> Array:

@@ -79,7 +79,7 @@ def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Flo
 
 def as_columns(rows: int) -> bool:
     """Whether a CPU multiplies so many rows faster if they lie as columns."""
-    return rows <= few_rows.MOST_ROWS or rows == _AS_COLUMNS
+    return rows == _AS_COLUMNS
 
 
 def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
@@ -132,8 +132,8 @@ class _How(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _blocked(x: Array, flat: _Flat, place: Array, how: _How) -> Array:
     k, rows = x.shape[how.k_axis], x.shape[1 - how.k_axis]
-    if how.k_axis == 0 and rows <= few_rows.MOST_ROWS:
-        return few_rows.product(x.T, flat.weight, flat.scales, place)
+    if how.k_axis == 1 and few_rows.takes(rows, k // how.groups):
+        return few_rows.product(x, flat.weight, flat.scales, place)
     scales = _scales(flat, place, how)
     if 1 < how.groups and k // how.groups < _SHORT_GROUP:
         whole = how._replace(groups=1)

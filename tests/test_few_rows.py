@@ -24,7 +24,7 @@ def stack():
 def by_definition(x, weight, scales, place):
     w = weight[place].astype(np.float64).reshape(N, 4, -1)
     w = w * scales[place].astype(np.float64).T[:, :, None]
-    return (x.astype(np.float64) @ w.reshape(N, K).T).T
+    return x.astype(np.float64) @ w.reshape(N, K).T
 
 
 def each_matrix(x, stack, threads, monkeypatch):
@@ -42,12 +42,29 @@ def each_matrix(x, stack, threads, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16])
 def test_is_the_product(stack, rows, threads, monkeypatch):
     x = np.random.default_rng(rows).normal(size=(rows, K)).astype(np.float32)
     found = each_matrix(x, stack, threads, monkeypatch)()
     expected = np.stack([by_definition(x, *stack, place) for place in range(MATRICES)])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [16, 21, 40])
+def test_entries_beyond_whole_registers_count_once(k):
+    random = np.random.default_rng(k)
+    weight = random.integers(-128, 128, (N, 2 * k)).astype(np.int8)
+    scales = random.uniform(0.001, 0.1, (2, N)).astype(ml_dtypes.bfloat16)
+    x = random.normal(size=(5, 2 * k)).astype(np.float32)
+    w = weight.astype(np.float64).reshape(N, 2, k) * scales.astype(np.float64).T[:, :, None]
+    found = jax.jit(few_rows.product)(x, weight, scales, jnp.int32(0))
+    np.testing.assert_allclose(found, x @ w.reshape(N, -1).T, rtol=1e-5, atol=1e-5)
+
+
+def test_takes_few_rows_of_groups_that_fill_a_register():
+    assert few_rows.takes(1, few_rows.LANES) and few_rows.takes(few_rows.MOST_ROWS, 1024)
+    assert not few_rows.takes(few_rows.MOST_ROWS + 1, 1024)
+    assert not few_rows.takes(1, few_rows.LANES - 1)
 
 
 def test_sharing_changes_no_bit_however_often_and_with_how_many_callers(stack, monkeypatch):

@@ -1,0 +1,180 @@
+"""The innermost part of `few_rows`: a tile of outputs and rows, in the compiler's own language.
+
+A compiler left to itself reads and converts the matrix again for each row. Here all that is loaded
+is used for the whole tile while it lies in the processor's registers.
+
+Numba keeps the compiled `few_rows` by the date of that file: whoever changes this one touches it.
+"""
+
+import inspect
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+"""Floats that the processor multiplies at once. A group of scales must have as many entries."""
+
+_AHEAD = 2
+"""Tiles between the one that is computed and the one whose matrix is called for from memory."""
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+_ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
+_ARGUMENTS = (types.int64,) * 8
+
+
+def tile(outputs: int, rows: int) -> Any:
+    """A function for compiled code that computes so many outputs of so many rows.
+
+    Each sum is kept in lanes until its end, in an order that does not depend on the tile's size.
+    The function's arguments are integers:
+
+    - `x`, `weight`, `scales`, `out`: addresses of the first row (float32 [row, group, size]), of
+      the first output's entries (int8 [output, group, size]), of its first scale (bfloat16 [group,
+      n]) and of its first result (float32 [row, n]).
+    - `groups`, `size`: how many groups of scales, and entries of each, at least `LANES`.
+    - `n`: how many outputs there are.
+    - `row_bytes`: how far one row of `x` lies from the next.
+    """
+
+    def compute(typing_context, x, weight, scales, out, groups, size, n, row_bytes):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _Tile(builder, arguments, outputs, rows).compute()
+            return context.get_dummy_value()
+
+        return types.void(*_ARGUMENTS), codegen
+
+    return intrinsic(inspect.unwrap(compute))
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+class _Tile:
+    """One tile's instructions, written at the builder's place."""
+
+    def __init__(self, builder: Any, arguments: Any, outputs: int, rows: int) -> None:
+        self.builder = builder
+        self.x, self.weight, self.scales, self.out, *arguments = arguments
+        self.groups, self.size, self.n, self.row_bytes = arguments
+        self.each = [(j, r) for j in range(outputs) for r in range(rows)]
+        self.outputs, self.rows = range(outputs), range(rows)
+
+    def compute(self) -> None:
+        """Sum each group's products, scale the sums, and add groups and then lanes up."""
+        builder, lanes = self.builder, _I64(LANES)
+        totals, sums = self._room(), self._room()
+        weight_bytes = builder.mul(self.groups, self.size)
+        with cgutils.for_range(builder, self.groups) as groups:
+            group = groups.index
+            for place in sums.values():
+                builder.store(_ZEROS, place)
+            first = builder.mul(group, self.size)
+            with cgutils.for_range(builder, builder.sdiv(self.size, lanes)) as steps:
+                entry = builder.add(first, builder.mul(steps.index, lanes))
+                self._add_products(sums, entry, weight_bytes)
+            rest = builder.srem(self.size, lanes)
+            with builder.if_then(builder.icmp_signed("!=", rest, _I64(0))):
+                # The last lanes of the group, of which the first have been added already.
+                lane = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
+                keep = builder.icmp_signed(">=", lane, self._splat(builder.sub(lanes, rest)))
+                entry = builder.sub(builder.add(first, self.size), lanes)
+                self._add_products(sums, entry, weight_bytes, keep)
+            scales = [self._scale(group, j) for j in self.outputs]
+            for j, r in self.each:
+                part, total = builder.load(sums[j, r]), builder.load(totals[j, r])
+                builder.store(self._multiply_add(part, scales[j], total), totals[j, r])
+        vector = self._sums([builder.load(totals[at]) for at in self.each])
+        for r in self.rows:
+            places = [self.each.index((j, r)) for j in self.outputs]
+            pointer = self._at(self.out, (r, builder.mul(self.n, _I64(4))))
+            kind = ir.VectorType(_F32, len(places)).as_pointer()
+            builder.store(self._pick(vector, vector, places), builder.inttoptr(pointer, kind), 4)
+
+    def _room(self) -> dict[tuple[int, int], Any]:
+        """A place for each sum, which the compiler turns into registers."""
+        return {at: cgutils.alloca_once_value(self.builder, _ZEROS) for at in self.each}
+
+    def _add_products(self, sums: Any, entry: Any, weight_bytes: Any, keep: Any = None) -> None:
+        """Add the products of the lanes from an entry on, or of those of them that are to keep."""
+        builder = self.builder
+        rows = [self._load(self._at(self.x, (entry, 4), (r, self.row_bytes)), _VECTOR)
+                for r in self.rows]  # fmt: skip
+        for j in self.outputs:
+            address = self._at(self.weight, (entry, 1), (j, weight_bytes))
+            entries = self._load(address, ir.VectorType(ir.IntType(8), LANES))
+            floats = builder.sitofp(entries, _VECTOR)
+            self._prefetch(self._at(address, (_AHEAD * len(self.outputs), weight_bytes)))
+            if keep is not None:
+                floats = builder.select(keep, floats, _ZEROS)
+            for r in self.rows:
+                found = self._multiply_add(floats, rows[r], builder.load(sums[j, r]))
+                builder.store(found, sums[j, r])
+
+    def _scale(self, group: Any, output: int) -> Any:
+        """A bfloat16, the upper half of a float32, in every lane."""
+        builder = self.builder
+        place = builder.add(builder.mul(group, self.n), _I64(output))
+        bits = self._load(self._at(self.scales, (place, 2)), ir.IntType(16))
+        bits = builder.shl(builder.zext(bits, _I32), _I32(16))
+        return self._splat(builder.bitcast(bits, _F32))
+
+    def _at(self, address: Any, *steps: tuple[Any, Any]) -> Any:
+        """An address so many times so many bytes on."""
+        for steps_and_bytes in steps:
+            count, width = (_I64(a) if isinstance(a, int) else a for a in steps_and_bytes)
+            address = self.builder.add(address, self.builder.mul(count, width))
+        return address
+
+    def _load(self, address: Any, kind: Any) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
+
+    def _multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        product = self.builder.fmul(a, b, flags=("contract",))
+        return self.builder.fadd(product, c, flags=("contract",))
+
+    def _splat(self, number: Any) -> Any:
+        """The number in every lane."""
+        nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+        first = self.builder.insert_element(nothing, number, _I32(0))
+        zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+        return self.builder.shuffle_vector(first, nothing, zeros)
+
+    def _prefetch(self, address: Any) -> None:
+        """Call for memory before it is needed; an address where there is none does no harm."""
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_second_cache, data = _I32(0), _I32(2), _I32(1)
+        address = self.builder.inttoptr(address, pointer)
+        self.builder.call(prefetch, [address, to_read, into_second_cache, data])
+
+    def _pick(self, a: Any, b: Any, places: list[int]) -> Any:
+        """Lanes of two vectors, counted on from the first to the second."""
+        return self.builder.shuffle_vector(
+            a, b, ir.Constant(ir.VectorType(_I32, len(places)), places)
+        )
+
+    def _sums(self, vectors: list[Any]) -> Any:
+        """The sum over the lanes of each vector, as the lanes of one.
+
+        Neighbouring lanes are added, those of two vectors at once, until each vector has one left.
+        """
+        vectors = vectors + vectors[:1] * (-len(vectors) % _power_of_two(len(vectors)))
+        evens, odds = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
+        lanes = LANES
+        while lanes > 1:
+            if len(vectors) == 1:
+                evens, odds = evens[: len(evens) // 2], odds[: len(odds) // 2]
+                pairs = [(vectors[0], vectors[0])]
+            else:
+                pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+            vectors = [self.builder.fadd(self._pick(a, b, evens), self._pick(a, b, odds))
+                       for a, b in pairs]  # fmt: skip
+            lanes //= 2
+        return vectors[0]
