@@ -11,6 +11,7 @@ import ctypes
 import functools
 import inspect
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ MOST_ROWS = 16
 """Up to this many rows it is faster than XLA's products; up to four it is the speed of reading."""
 
 _TARGET = "grokkit_few_rows"
+_ONE_AT_A_TIME = threading.Lock()
 _A_THREAD = 2**18
 """Entries of the matrix that are worth sharing with one thread more."""
 
@@ -79,7 +81,8 @@ def product(
 
     Under `shard_map` all must be of one type.
     """
-    _register()
+    with _ONE_AT_A_TIME:  # XLA takes one registration, and two threads may compile at once
+        _register()
     n, k = scales.shape[1], weight.shape[1]
     groups, threads = scales.shape[0] // (weight.shape[0] // n), _threads(n * k)
     # Of the type that shard_map wants of what is used with the weights, and of what comes of it.

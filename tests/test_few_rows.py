@@ -1,6 +1,8 @@
 """The loop that multiplies few rows, shared between threads: nothing may depend on who does what."""
 
+import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +95,26 @@ def test_cores_are_shared_between_devices(monkeypatch):
     for devices, threads in ((2, 8), (8, 2)):
         with jax.set_mesh(jax.make_mesh((devices,), ("model",))):
             assert few_rows._threads(large) == threads
+
+
+def test_threads_that_compile_at_once_register_it_once(stack, monkeypatch):
+    run = each_matrix(np.ones((1, K), np.float32), stack, 1, monkeypatch)
+    run()  # so that XLA knows the product
+    calls = []
+
+    @functools.cache
+    def register():
+        calls.append(threading.get_ident())
+        time.sleep(0.2)
+
+    monkeypatch.setattr(few_rows, "_register", register)
+    monkeypatch.setattr(few_rows.jax.ffi, "ffi_call", lambda *_, **__: lambda *_: None)
+    weight, scales = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in stack)
+    arguments = (jnp.ones((1, K)), weight, scales, jnp.int32(0))
+    product = getattr(few_rows.product, "__wrapped__", few_rows.product)
+    threads = [threading.Thread(target=product, args=arguments) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
