@@ -58,6 +58,20 @@ class Bill:
 
     rows: tuple[tuple[str, str, int, int], ...]
     """For each capture: name, shape, bytes in all, bytes on the fullest device."""
+    pass_nbytes: int = 0
+    """Bytes of layers that a pass reads from disk; 0 for a model in memory."""
+    read_rate: float = math.inf
+    """Bytes a second at which they are read, as measured."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that a pass takes to read the layers, which computing overlaps."""
+        return self.pass_nbytes / self.read_rate
+
+    @property
+    def _reading(self) -> str:
+        return (f"a pass reads {self.pass_nbytes / 1e9:.3g} GB from disk: {self.seconds:.3g} s at "
+                f"{self.read_rate / 1e9:.3g} GB/s")  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +90,8 @@ class Bill:
                  for n, s, total, device in self.rows]  # fmt: skip
         last = (f"  {'total':{width}}  {'':{shape}}  {self.nbytes:>15,} B  "
                 f"{self.bytes_per_device:>15,} B a device")  # fmt: skip
-        return "\n".join(["Bill of captures", *lines, last])
+        reading = [f"  {self._reading}"] if self.pass_nbytes else []
+        return "\n".join(["Bill of captures", *lines, last, *reading])
 
     def _repr_html_(self) -> str:
         rows = [*self.rows, ("total", "", self.nbytes, self.bytes_per_device)]
@@ -87,7 +102,8 @@ class Bill:
             for n, s, total, device in rows
         )
         head = "<tr><th>capture</th><th>shape</th><th>bytes</th><th>bytes a device</th></tr>"
-        return f"<table><thead>{head}</thead><tbody>{cells}</tbody></table>"
+        reading = f"<p>{self._reading}</p>" if self.pass_nbytes else ""
+        return f"<table><thead>{head}</thead><tbody>{cells}</tbody></table>{reading}"
 
 
 def bill(captured: dict[str, PyTree[jax.ShapeDtypeStruct]]) -> Bill:

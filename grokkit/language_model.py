@@ -220,7 +220,11 @@ class LanguageModel:
         return out.logits, as_cache(wanted, out.captured, self.config)
 
     def bill(self, tokens: Tokens, captures: Captures = None) -> Bill:
-        """Bytes that `run_with_cache` would keep, from shapes alone; nothing runs."""
+        """Bytes that `run_with_cache` would keep, from shapes alone; nothing runs.
+
+        Of a model streamed from disk it also says how long a pass reads, at the rate of the passes
+        made so far; before the first, one matrix is read to measure it.
+        """
         ids, lengths = self.prepare(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
         model = self.runnable
@@ -228,7 +232,11 @@ class LanguageModel:
             model = abstract(model.specs, self.mesh)
         with jax.set_mesh(self.mesh):
             out = jax.eval_shape(lambda *a: _forward(*a, wanted, ()), model, ids, lengths)
-        return bill({c.key: out.captured[c.key] for c in wanted})
+        found = bill({c.key: out.captured[c.key] for c in wanted})
+        if isinstance(self.runnable, StreamedGrok):
+            reader = self.runnable.reader
+            return dataclasses.replace(found, pass_nbytes=reader.nbytes, read_rate=reader.rate())
+        return found
 
     def _run(
         self,

@@ -15,7 +15,7 @@ from grokkit.analysis.causal_routing import next_token_losses
 from grokkit.analysis.grids import Positions
 from grokkit.analysis.lens import logit_lens
 from grokkit.analysis.patching import attribution_patch, patch
-from grokkit.checkpoint import loading, open_checkpoint, save_params
+from grokkit.checkpoint import loading, open_checkpoint, save_params, streaming
 from grokkit.checkpoint.loading import plan_params
 from grokkit.checkpoint.streaming import LayerReader
 from grokkit.errors import CheckpointError, GrokkitError
@@ -177,6 +177,27 @@ def test_what_needs_a_gradient_is_refused(streamed, tokens):
 def test_bill_is_that_of_the_model_in_memory(streamed, resident, tokens):
     found, expected = streamed.bill(tokens), resident.bill(tokens)
     assert found.rows == expected.rows
+    assert expected.seconds == 0 and "disk" not in repr(expected)
+
+
+def test_bill_says_how_long_a_pass_reads(golden_dir, mesh, resident, tokens, monkeypatch):
+    lm = grokkit.load(golden_dir, mesh, "float32", progress=False, stream=True)
+    assert isinstance(lm.runnable, streamed_model.StreamedGrok)
+    reader = lm.runnable.reader
+    clock = iter(range(0, 1000, 2))  # every read seems to take two seconds
+    monkeypatch.setattr(streaming.time, "perf_counter", lambda: float(next(clock)))
+    largest = max(plan.nbytes for plan in reader._plans[0])
+    assert lm.bill(tokens, "embed").seconds == reader.nbytes / (largest / 2)
+    lm(tokens)
+    found = lm.bill(tokens, "embed")
+    assert (
+        found.pass_nbytes
+        == reader.nbytes
+        == sum(a.nbytes for a in jax.tree.leaves(resident.model.blocks))
+    )
+    assert found.seconds == 12 * 2
+    for text in (repr(found), found._repr_html_()):
+        assert "a pass reads" in text and "24 s at" in text
 
 
 def test_repr_says_that_it_is_streamed(streamed):

@@ -1,7 +1,8 @@
 """A checkpoint's layers read one after the other, the next while one is in use."""
 
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 from jaxtyping import PyTree
 
 from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaf
+
+_SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
 
 
 class LayerReader:
@@ -32,6 +35,25 @@ class LayerReader:
         ]
         self._parts: list[Any] = [None, None]
         self._one_pass = threading.Lock()
+        self._bytes_read, self._seconds = 0, 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a pass over all layers reads."""
+        return sum(plan.nbytes for layer in self._plans for plan in layer)
+
+    def rate(self) -> float:
+        """Bytes a second at which layers have been read so far, in all passes together.
+
+        If there were none, one of the first layer's arrays is read to see, the largest below
+        270 MB. What the page cache holds comes faster than it would from the disk.
+        """
+        if not self._bytes_read:
+            first = self._plans[0]
+            small = [plan for plan in first if plan.nbytes <= _SAMPLE]
+            plan = max(small or first, key=lambda plan: plan.nbytes)
+            return plan.nbytes / _timed(lambda: read_leaf(plan, new_parts(plan)))[1]
+        return self._bytes_read / self._seconds
 
     def layers(self, start: int = 0) -> Generator[PyTree]:
         """One layer after the other; while one is used, the next is read.
@@ -57,4 +79,16 @@ class LayerReader:
         parts = self._parts[layer % 2]
         if parts is None:
             parts = self._parts[layer % 2] = [new_parts(plan) for plan in plans]
-        return [read_leaf(plan, part) for plan, part in zip(plans, parts, strict=True)]
+        leaves, seconds = _timed(
+            lambda: [read_leaf(plan, part) for plan, part in zip(plans, parts, strict=True)]
+        )
+        self._bytes_read += sum(plan.nbytes for plan in plans)
+        self._seconds += seconds
+        return leaves
+
+
+def _timed(read: Callable[[], Any]) -> tuple[Any, float]:
+    """What `read` gives, once it is there, and the seconds that it took."""
+    start = time.perf_counter()
+    found = jax.block_until_ready(read())
+    return found, time.perf_counter() - start
