@@ -3,8 +3,8 @@
     python -m benchmarks.speed [--llama-python PYTHON] [--rounds 5] [--write]
 
 Every program runs in a process of its own, and they are asked in turn, round after round, so that
-all meet the same noise. `--write` puts the table and the figure into docs/. llama.cpp is measured
-if PYTHON has the packages llama-cpp-python and gguf.
+all meet the same noise; of two runs in a row the second counts. `--write` puts the table and the
+figure into docs/. llama.cpp is measured if PYTHON has the packages llama-cpp-python and gguf.
 """
 
 import argparse
@@ -90,6 +90,7 @@ def measure(rounds: int, llama_python: str | None) -> dict[tuple[str, str], list
                 for what in ("prefill", "decode", "generate"):
                     for name, worker in workers.items():
                         if what != "generate" or name == "one device":
+                            worker(what)  # what lay idle while the others ran is slow at first
                             times.setdefault((name, what), []).append(worker(what))
         finally:
             for worker in workers.values():
