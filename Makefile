@@ -32,9 +32,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@$(PYTEST) $(PYTEST_ARGS)
 
-# Compiled in full, as for a user; the others are not (conftest.py), or half their time would be
-# spent in the compiler.
+# Compiled in full, as for a user, and so are the golden arrays' tests here; the others are not
+# (conftest.py), or half their time would be spent in the compiler.
 test-slow: $(VENV)/.installed-dev
+	@GROKKIT_TEST_OPTIMISED=1 $(PYTEST) -m "not slow" tests/test_golden.py
 	@GROKKIT_TEST_OPTIMISED=1 $(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-browser: $(VENV)/.installed-browser $(CHROMIUM)
