@@ -106,9 +106,10 @@ def convert(
         "compared with its source",
     )
     work = _Work(target, checkpoint, to, {p: str(s) for p, s in storages.items()}, shard_bytes)
-    work.resume(progress)
+    work.resume(files, progress)
     work.write(files, progress)
-    if verify:
+    # Of a complete one nothing says any more what it was made of.
+    if verify or work.was_complete:
         _verify(work.folder, files, progress)
     work.finish(files)
     return open_checkpoint(target)
@@ -154,6 +155,8 @@ class _Work:
     storages: dict[str, str]
     shard_bytes: int
     done: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    was_complete: bool = False
+    """Whether an earlier attempt had come to its end but for the directory's name."""
 
     @property
     def folder(self) -> Path:
@@ -174,7 +177,7 @@ class _Work:
             "shard_bytes": self.shard_bytes,
         }
 
-    def resume(self, progress: bool) -> None:
+    def resume(self, files: list[PlannedFile], progress: bool) -> None:
         """Take over the files that an earlier attempt completed.
 
         **Raises:** `CheckpointError` if what is there is not the beginning of this conversion.
@@ -183,6 +186,15 @@ class _Work:
         for unfinished in self.folder.rglob(".*.tmp"):
             unfinished.unlink()
         if not path.is_file():
+            if (self.folder / MANIFEST).is_file():  # cut off when its name alone was missing
+                self.done, self.was_complete = read_manifest(self.folder) or {}, True
+                if not {file.name for file in files} <= set(self.done):
+                    raise refusal(
+                        self.folder, "the beginning of the same conversion, to go on with",
+                        "all of another", "remove it to start anew, or choose another name",
+                    )  # fmt: skip
+                check_digests(self.folder, self.done, progress, what="checking what is there of")
+                return
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise refusal(
                     self.folder, "nothing, or a conversion that was cut off", "something else",

@@ -350,6 +350,21 @@ print(kills)
 """
 
 
+def test_complete_but_for_its_name(golden, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "x.partial")
+    convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
+    assert same(tmp_path / "x", converted) and not (tmp_path / "x.partial").exists()
+
+
+def test_complete_but_of_something_else_is_refused(golden, converted, tmp_path):
+    other = tmp_path / "other"
+    convert(golden, other, dtype="bfloat16", shard_bytes=SHARDS, progress=False)
+    os.rename(other, tmp_path / "x.partial")
+    with pytest.raises(CheckpointError):
+        convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
+    assert not (tmp_path / "x").exists()
+
+
 def test_killed_at_random_points(golden, converted, tmp_path):
     """Whenever it dies, nothing loads that is not complete, and it goes on to the same bytes."""
     run = subprocess.run(
