@@ -23,7 +23,7 @@ help:
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make docs         build docs/_build/html; a warning is an error"
-	@echo "make bench        run the benchmarks"
+	@echo "make bench        run the benchmarks, but benchmarks/full_width.py, which writes 8 GB"
 	@echo "make clean        remove what was built and downloaded: $(VENV) too"
 
 demo: $(VENV)/.installed
@@ -55,7 +55,8 @@ docs: $(VENV)/.installed-dev
 	@echo "docs/_build/html/index.html"
 
 bench: $(VENV)/.installed-dev
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/full_width.py,$(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(BIN)/python "$$script"; done
 	@$(BIN)/python -m benchmarks.speed --write
 
 clean:

@@ -37,14 +37,14 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-OTHERWHERE = ("devices, found", "No FFI handler registered for grokkit_few_rows")
+LACKING = ("devices, found", "No FFI handler registered for grokkit_few_rows")
 
 
 def _skip_what_an_accelerator_lacks():
     try:
         return (yield)
     except Exception as e:
-        if jax.default_backend() != "cpu" and any(reason in str(e) for reason in OTHERWHERE):
+        if jax.default_backend() != "cpu" and any(reason in str(e) for reason in LACKING):
             pytest.skip(str(e).splitlines()[0])
         raise
 

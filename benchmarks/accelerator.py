@@ -80,17 +80,10 @@ def random_model(config: grokkit.GrokConfig) -> Grok:
     return jax.tree.unflatten(tree, [leaf(s, k) for s, k in zip(leaves, keys, strict=True)])
 
 
-def entries_a_token(config: grokkit.GrokConfig) -> int:
-    """Entries of the 8-bit matrices that a token meets; each is a byte."""
-    d, heads = config.d_model, (config.n_heads + config.n_kv_heads) * config.d_head
-    experts = 3 * config.n_experts_per_token * config.d_ff
-    return config.n_layers * d * (2 * heads + experts)
-
-
 def measure(name: str, config: grokkit.GrokConfig, reads: float, computes: float) -> None:
     """Print a line for decode and one for each length of prompt."""
     mesh, model = grokkit.make_mesh(1, 1), random_model(config)
-    met = entries_a_token(config)
+    met = mid.entries_a_token(config)
 
     def empty(batch: int = 1) -> KVCache:
         return KVCache.empty(config, batch, config.context_length, jnp.dtype("bfloat16"), mesh)

@@ -79,7 +79,7 @@ def main() -> None:
         }  # fmt: skip
         rates: dict[int, list[float]] = {n: [] for n in COUNTS}
         for n, batch in batches.items():
-            rate(batch, n, 8, seed=0)
+            rate(batch, n, min(8, options.new), seed=0)
         for i in range(options.rounds):
             for n, batch in batches.items():
                 rates[n].append(rate(batch, n, options.new, seed=1 + i))

@@ -7,6 +7,7 @@ decode together, some tokens at a time. A sequence's draws depend on its own see
 that each request gets the tokens that it would get alone.
 """
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -392,6 +393,8 @@ class ContinuousBatch:
             cache = KVCache.empty(
                 lm.config, self.slots, self.capacity, lm.model.dtype, lm.mesh
             )  # fmt: skip
+            # The first to join and those after them go through the same program.
+            cache = dataclasses.replace(cache, is_new=False)
             token = jax.device_put(np.zeros(self.slots, np.int32), _ROWS)
             self._state = State(cache, token, None)
         if with_seen and self._state.seen is None:

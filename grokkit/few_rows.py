@@ -39,9 +39,8 @@ _A_THREAD = 2**18
 
 def _compiled(function: Callable[..., Any]) -> Any:
     """The function compiled when it is first called from compiled code."""
-    # Without what a checker of types may have put round it, which cannot be compiled. Sums may be
-    # added in another order, for the processor's lanes.
-    return njit(fastmath={"reassoc", "contract"})(inspect.unwrap(function))
+    # Without what a checker of types may have put round it, which cannot be compiled.
+    return njit(inspect.unwrap(function))
 
 
 def _instruction(function: Callable[..., Any]) -> Any:
@@ -135,8 +134,9 @@ them, those in the first."""
 
 @_compiled
 def _multiply(task: Any, first: int, last: int) -> None:
-    """Outputs `first` to `last` of a product."""
-    x, weight, scales, out, rows, k, groups, n = task
+    """Outputs `first` to `last` of a product: where its arrays begin; rows, k, groups and n."""
+    x, weight, scales, out = task[0], task[1], task[2], task[3]
+    rows, k, groups, n = task[4], task[5], task[6], task[7]
     at_once = max(1, _BYTES // (k * _OUTPUTS)) * _OUTPUTS if rows > 4 else last - first
     how = (groups, k // groups, n, 4 * k)
     for start in range(first, last, at_once):
@@ -208,10 +208,9 @@ _add, _exchange = _atomic("add"), _atomic("xchg")
 
 @_compiled
 def _piece(task: Any, piece: int, pieces: int) -> None:
-    """One piece of a product: where the four arrays begin; rows, k, groups and n."""
+    """One piece of a product."""
     n = task[7]
-    whole = (task[0], task[1], task[2], task[3], task[4], task[5], task[6], n)
-    _multiply(whole, n * piece // pieces, n * (piece + 1) // pieces)
+    _multiply(task, n * piece // pieces, n * (piece + 1) // pieces)
 
 
 @_compiled

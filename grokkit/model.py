@@ -163,8 +163,8 @@ def with_tokens(cache: KVCache | None, rows: Rows) -> KVCache | None:
     """The cache with a pass's tokens counted, once all layers have written theirs."""
     if cache is None:
         return None
-    after = {"visible": rows.visible, "length": rows.start + rows.counts}
-    return dataclasses.replace(cache, **after, is_new=False)
+    length = rows.start + rows.counts
+    return dataclasses.replace(cache, visible=rows.visible, length=length, is_new=False)
 
 
 class Grok(eqx.Module):

@@ -24,7 +24,8 @@ the cost of starting a step is small beside them."""
 _SHORT_GROUP = 256
 """Groups with fewer entries than this would make products too small to be worth starting."""
 _A_ROW_OR_TWO = 2
-"""Up to this many rows an accelerator multiplies and adds faster than it starts a product."""
+"""Up to this many rows an accelerator multiplies and adds straight from the stack; its products
+would copy the matrix out of it first."""
 _AS_COLUMNS = 64
 """A number of rows whose products are twice as fast with the rows as columns."""
 
@@ -57,7 +58,7 @@ def matmul(
 def columns(
     x: Float[Array, "k row"], w: QuantizedArray | Slot | Float[Array, "k n"], dtype: Any
 ) -> Float[Array, "n row"]:
-    """`(x.T @ w).T` on a CPU: rows lie as columns, as products of few rows want them there."""
+    """`(x.T @ w).T` on a CPU, for rows that lie as columns; see `as_columns`."""
     if not isinstance(w, QuantizedArray | Slot):
         return einsum32("kt,kn->nt", x, w, dtype)
     return blocked(x, w, dtype, k_axis=0)

@@ -263,8 +263,8 @@ def _before_reaching(
 ) -> Bool[Array, "batch vocab"]:
     """Which entries come before the weights reach a limit, from the largest value on.
 
-    The smallest such value is found by halving the range of numbers, since a sort takes twenty
-    times as long.
+    The smallest such value is found by halving the range of numbers, since a sort takes many times
+    as long.
     """
     bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # of zeros only the positive one
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the values

@@ -177,16 +177,8 @@ def _cut(
     if whole or n <= PREFILL_PART:
         return [(x, rows)]
     return [
-        (
-            x[:, start : start + PREFILL_PART],
-            Rows(
-                rows.positions[:, start : start + PREFILL_PART],
-                rows.visible,
-                rows.start,
-                rows.counts,
-            ),
-        )
-        for start in range(0, n, PREFILL_PART)
+        (x[:, part], dataclasses.replace(rows, positions=rows.positions[:, part]))
+        for part in (slice(start, start + PREFILL_PART) for start in range(0, n, PREFILL_PART))
     ]
 
 

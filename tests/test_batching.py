@@ -7,7 +7,7 @@ import pytest
 from helpers import random_model
 
 import grokkit
-from grokkit import generate
+from grokkit import batching, generate
 from grokkit.batching import ContinuousBatch
 from grokkit.errors import PromptError
 from grokkit.generate import generate_tokens
@@ -197,12 +197,13 @@ def test_compiling_ahead_leaves_nothing_to_compile(lm, pool, capsys):
     batch = ContinuousBatch(lm, slots=1, block=2, pad_sizes=(8, 24))
     batch.compile()
     assert "compiling: 100%" in capsys.readouterr().err
-    programs = generate.prefill._cache_size(), generate.decode._cache_size()
+    functions = generate.prefill, generate.decode, batching._join
+    programs = [function._cache_size() for function in functions]
     prompt, request, tokens = pool[3]
     found = [batch.submit(prompt, 5, **request) for _ in range(3)]
-    found.append(batch.submit([7] * 20, 5))
+    found += [batch.submit([7] * 20, 5), batch.submit([7] * 5, 5)]
     batch.run()
-    assert (generate.prefill._cache_size(), generate.decode._cache_size()) == programs
+    assert [function._cache_size() for function in functions] == programs
     text = expected(lm, prompt, tokens, 5, None)[0]
     assert [g.text for g in found[:3]] == [text] * 3
 

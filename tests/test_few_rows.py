@@ -52,6 +52,14 @@ def test_is_the_product(stack, rows, threads, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_is_the_same_whatever_rows_are_beside_it(stack, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(7, K)).astype(np.float32)
+    together = each_matrix(x, stack, 1, monkeypatch)()
+    for row in range(len(x)):
+        alone = each_matrix(x[row : row + 1], stack, 1, monkeypatch)()
+        np.testing.assert_array_equal(together[:, row], alone[:, 0])
+
+
 @pytest.mark.parametrize("k", [16, 21, 40])
 def test_entries_beyond_whole_registers_count_once(k):
     random = np.random.default_rng(k)

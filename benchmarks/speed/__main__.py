@@ -19,12 +19,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.speed import mid
+
 ROOT = Path(__file__).parents[2]
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
-ENTRIES_A_TOKEN = 4 * (1536 * 1536 * 2 + 1536 * 768 * 2 + 2 * 3 * 1536 * 8192)
-"""Entries of the int8 matrices of mid that a token meets: two experts of each layer."""
-BYTES_A_TOKEN = ENTRIES_A_TOKEN + 4 * 8192 * 1536  # and the float32 embedding
+ENTRIES_A_TOKEN = mid.entries_a_token(mid.MID)
+EMBEDDING_BYTES = 4 * mid.MID.vocab_size * mid.MID.d_model
+BYTES_A_TOKEN = ENTRIES_A_TOKEN + EMBEDDING_BYTES
 
 
 class Worker:

@@ -23,6 +23,13 @@ MID = grokkit.GrokConfig(
 PROMPT = 256
 
 
+def entries_a_token(config: grokkit.GrokConfig) -> int:
+    """Entries of the 8-bit matrices that a token meets; each is a byte."""
+    heads = (config.n_heads + config.n_kv_heads) * config.d_head
+    experts = 3 * config.n_experts_per_token * config.d_ff
+    return config.n_layers * config.d_model * (2 * heads + experts)
+
+
 def random_model(config: grokkit.GrokConfig, mesh: Any, dtype: str) -> Grok:
     """The same weights on any mesh."""
     random = np.random.default_rng(0)
