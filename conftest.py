@@ -37,7 +37,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-LACKING = ("devices, found", "No FFI handler registered for grokkit_few_rows")
+LACKING = ("devices, found", "No FFI handler registered for grokkit_product")
 
 
 def _skip_what_an_accelerator_lacks():

@@ -1,6 +1,4 @@
-"""The sorted, blocked form of the experts against running each row's own."""
-
-import itertools
+"""The sorted forms of the experts against running each row's own."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ from helpers import float64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokkit.layers.experts import _sizes, expert_outputs, plain, trimmed
+from grokkit.layers.experts import expert_outputs, grouped, plain
 from grokkit.quant import QuantizedArray
 
 D_MODEL, D_FF, N_EXPERTS = 8, 16, 5
@@ -38,7 +36,7 @@ def matrices():
 FORMS = {
     "expert_outputs": expert_outputs,
     "plain": lambda x, chosen, g, v, o, dtype: plain(x, chosen, (g, v, o), dtype),
-    "trimmed": lambda x, chosen, g, v, o, dtype: trimmed(x, chosen, (g, v, o), dtype),
+    "grouped": lambda x, chosen, g, v, o, dtype: grouped(x, chosen, (g, v, o), dtype),
 }
 JITTED = {name: jax.jit(form, static_argnums=5) for name, form in FORMS.items()}
 
@@ -90,7 +88,9 @@ def test_choices_keep_their_order(run, matrices):
     assert not np.allclose(one[:, 0], one[:, 1])
 
 
-def test_float_matrices_do_as_well(run, matrices):
+@pytest.mark.parametrize("form", ["expert_outputs", "plain"])
+def test_float_matrices_do_as_well(form, matrices):
+    run = JITTED[form]
     floats = tuple(jnp.asarray(float64(m), jnp.float32) for m in matrices)
     check(run, matrices, np.array([[0, 1], [4, 2]]))
     x, chosen = jnp.ones((2, D_MODEL)), jnp.array([[0, 1], [4, 2]])
@@ -103,14 +103,6 @@ def test_an_expert_that_none_chose_is_not_read(run, matrices):
     poisoned = tuple(QuantizedArray(m.weight, m.scales.at[3].set(jnp.nan)) for m in matrices)
     found = run(jnp.ones((4, D_MODEL)), jnp.array([[0, 1]] * 4), *poisoned, FLOAT32)
     assert np.isfinite(found).all()
-
-
-def test_sizes_waste_little():
-    for largest in (1, 2, 7, 16, 100, 256):
-        sizes = _sizes(largest)
-        assert sizes[0] == 1 and sizes[-1] == largest and sizes == sorted(set(sizes))
-        assert all(b <= 2 * a for a, b in itertools.pairwise(sizes) if b <= 32)
-        assert all(b <= 1.5 * a for a, b in itertools.pairwise(sizes) if b > 32)
 
 
 def test_gradient_reaches_every_row(run, matrices):

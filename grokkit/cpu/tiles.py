@@ -1,22 +1,17 @@
-"""The innermost part of `few_rows`: a tile of outputs and rows, in the compiler's own language.
+"""The innermost part of products of few rows: a tile of outputs and rows, in the compiler's own
+language.
 
 A compiler left to itself reads and converts the matrix again for each row. Here all that is loaded
 is used for the whole tile while it lies in the processor's registers.
-
-Numba keeps the compiled `few_rows` by the date of that file: whoever changes this one touches it.
 """
 
-import inspect
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
-"""Floats that the processor multiplies at once. A group of scales must have as many entries."""
+from grokkit.cpu.instructions import LANES, instruction, prefetch
 
 _AHEAD = 2
 """Tiles between the one that is computed and the one whose matrix is called for from memory."""
@@ -47,7 +42,7 @@ def tile(outputs: int, rows: int) -> Any:
 
         return types.void(*_ARGUMENTS), codegen
 
-    return intrinsic(inspect.unwrap(compute))
+    return instruction(compute)
 
 
 def _power_of_two(n: int) -> int:
@@ -89,12 +84,12 @@ class _Tile:
             for j, r in self.each:
                 part, total = builder.load(sums[j, r]), builder.load(totals[j, r])
                 builder.store(self._multiply_add(part, scales[j], total), totals[j, r])
-        vector = self._sums([builder.load(totals[at]) for at in self.each])
+        first, last = self._sums([builder.load(totals[at]) for at in self.each])
         for r in self.rows:
             places = [self.each.index((j, r)) for j in self.outputs]
             pointer = self._at(self.out, (r, builder.mul(self.n, _I64(4))))
             kind = ir.VectorType(_F32, len(places)).as_pointer()
-            builder.store(self._pick(vector, vector, places), builder.inttoptr(pointer, kind), 4)
+            builder.store(self._pick(first, last, places), builder.inttoptr(pointer, kind), 4)
 
     def _room(self) -> dict[tuple[int, int], Any]:
         """A place for each sum, which the compiler turns into registers."""
@@ -109,7 +104,7 @@ class _Tile:
             address = self._at(self.weight, (entry, 1), (j, weight_bytes))
             entries = self._load(address, ir.VectorType(ir.IntType(8), LANES))
             floats = builder.sitofp(entries, _VECTOR)
-            self._prefetch(self._at(address, (_AHEAD * len(self.outputs), weight_bytes)))
+            prefetch(builder, self._at(address, (_AHEAD * len(self.outputs), weight_bytes)))
             if keep is not None:
                 floats = builder.select(keep, floats, _ZEROS)
             for r in self.rows:
@@ -145,23 +140,14 @@ class _Tile:
         zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
         return self.builder.shuffle_vector(first, nothing, zeros)
 
-    def _prefetch(self, address: Any) -> None:
-        """Call for memory before it is needed; an address where there is none does no harm."""
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        to_read, into_second_cache, data = _I32(0), _I32(2), _I32(1)
-        address = self.builder.inttoptr(address, pointer)
-        self.builder.call(prefetch, [address, to_read, into_second_cache, data])
-
     def _pick(self, a: Any, b: Any, places: list[int]) -> Any:
         """Lanes of two vectors, counted on from the first to the second."""
         return self.builder.shuffle_vector(
             a, b, ir.Constant(ir.VectorType(_I32, len(places)), places)
         )
 
-    def _sums(self, vectors: list[Any]) -> Any:
-        """The sum over the lanes of each vector, as the lanes of one.
+    def _sums(self, vectors: list[Any]) -> tuple[Any, Any]:
+        """The sum over the lanes of each vector, as the lanes of one or of two, counted on.
 
         Neighbouring lanes are added, those of two vectors at once, until each vector has one left.
         """
@@ -177,4 +163,5 @@ class _Tile:
             vectors = [self.builder.fadd(self._pick(a, b, evens), self._pick(a, b, odds))
                        for a, b in pairs]  # fmt: skip
             lanes //= 2
-        return vectors[0]
+        assert len(vectors) <= 2
+        return vectors[0], vectors[-1]

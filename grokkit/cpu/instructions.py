@@ -1,0 +1,98 @@
+"""What the loops of this package are made of: Numba's functions, and what it lacks."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, config, njit, types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+from numba.np.numpy_support import carray
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_FEATURES = (getattr(config, "CPU_FEATURES", None) or get_host_cpu_features()).split(",")
+HAS_512_BITS = "+avx512f" in _FEATURES
+HAS_BFLOAT16_PAIRS = HAS_512_BITS and "+avx512bf16" in _FEATURES
+"""Whether the processor multiplies bfloat16 numbers two at a time."""
+LANES = 16 if HAS_512_BITS else 8
+"""Floats that the processor multiplies at once."""
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function compiled when it is first called from compiled code."""
+    # Without what a checker of types may have put round it, which cannot be compiled.
+    # Nor with checks for division by nothing.
+    return njit(inspect.unwrap(function), error_model="numpy")
+
+
+def instruction(function: Callable[..., Any]) -> Any:
+    """A function that stands for instructions of the compiler's own language."""
+    return intrinsic(inspect.unwrap(function))
+
+
+def called_from_c(function: Callable[..., Any]) -> Any:
+    """The function, of integers, compiled for calls from C; takes seconds.
+
+    The compiled code is kept on disk, where Numba finds it again by the date of the function's
+    file and by what the function closes over.
+    """
+    function = inspect.unwrap(function)
+    signature = types.int64(*(types.int64,) * function.__code__.co_argcount)
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no folder that could be written to
+        return cfunc(signature)(function)
+
+
+@instruction
+def call(typing_context, function, a, b):
+    """Call a compiled function of two integers at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function, a, b = arguments
+        kind = ir.FunctionType(_I64, [_I64, _I64]).as_pointer()
+        return builder.call(builder.inttoptr(function, kind), [a, b])
+
+    return types.int64(*(types.int64,) * 3), codegen
+
+
+@instruction
+def pointer(typing_context, address):
+    """An integer as a pointer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Call for memory before it is needed; an address where there is none does no harm."""
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _I32, _I32, _I32])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, into_second_cache, data = _I32(0), _I32(2), _I32(1)
+    address = builder.inttoptr(address, cgutils.voidptr_t)
+    builder.call(call, [address, to_read, into_second_cache, data])
+
+
+@compiled
+def words(address: int, n: int) -> Any:
+    """Memory as an array of integers."""
+    return carray(pointer(address), (n,), dtype=np.int64)
+
+
+def atomic(operation: str) -> Any:
+    """A function that changes the number at an address in one step, and returns the former one."""
+
+    @instruction
+    def change(typing_context, address, value):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = builder.inttoptr(arguments[0], cgutils.intp_t.as_pointer())
+            return builder.atomic_rmw(operation, place, arguments[1], "seq_cst")
+
+        return types.int64(types.int64, types.int64), codegen
+
+    return change

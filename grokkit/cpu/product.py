@@ -1,0 +1,188 @@
+"""Products on a CPU as XLA sees them: a call through its foreign function interface.
+
+The C structures are those of `xla/ffi/api/c_api.h`, which XLA keeps compatible.
+"""
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Float, Int, Int8
+from numba.np.numpy_support import carray
+
+from grokkit.cpu import loops, threads
+from grokkit.cpu.instructions import LANES, called_from_c, compiled, pointer, words
+
+_TARGET = "grokkit_product"
+_ONE_AT_A_TIME = threading.Lock()
+_A_THREAD = 2**18
+"""Entries of the matrix that are worth sharing with one thread more."""
+_PIECES = 8
+"""Pieces for each thread, so that none waits long for another at the end."""
+
+
+def is_there() -> bool:
+    """Whether this system has threads of the kind that are started here."""
+    return os.name == "posix"
+
+
+def grouped_product(
+    x: Float[Array, "row k"],
+    counts: Int[Array, " matrix"],
+    weight: Int8[Array, "matrix_n k"],
+    scales: BFloat16[Array, "matrix_g n"],
+    place: Int[Array, ""],
+    dtype: Any,
+) -> Float[Array, "row n"]:
+    """Each row times its matrix, of consecutive matrices of a stack.
+
+    **Arguments:**
+
+    - `x`: rows, in float32; the first `counts[0]` of them meet the first matrix, and so on.
+    - `counts`: how many rows meet each matrix. Of a matrix that none meets nothing is read.
+    - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows.
+    - `place`: where in the stack the first matrix is.
+    - `dtype`: float32 or bfloat16, which rows are rounded to before they are multiplied, unless
+        they are few. Sums are in float32.
+
+    Under `shard_map` all must be of one type.
+    """
+    with _ONE_AT_A_TIME:  # XLA takes one registration, and two threads may compile at once
+        _register()
+    (rows, k), n = x.shape, scales.shape[1]
+    groups = scales.shape[0] // (weight.shape[0] // n)
+    rounded = int(jnp.dtype(dtype) == jnp.bfloat16)
+    numbers = jnp.array([groups, _threads(rows, n * k), rounded], jnp.int32)
+    # Of the type that shard_map wants of what is used with the weights, and of what comes of it.
+    numbers = jnp.concatenate([place[None], numbers, counts.astype(jnp.int32)])
+    numbers = numbers + 0 * weight[0, :1].astype(jnp.int32)
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
+    zero = jnp.zeros((1, 1)) * x[:1, :1]
+    vectors = _most_vectors(rows, counts.shape[0], k // groups)
+    packed = vectors, LANES * (k // 2 if loops.is_paired.py_func(rounded, k, groups) else k)
+    results = [jax.typeof(jnp.broadcast_to(zero, shape)) for shape in ((rows, n), packed)]
+    call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
+    return call(x, weight, bits, numbers)[0]
+
+
+def _most_vectors(rows: int, matrices: int, group: int) -> int:
+    """How many vectors packed rows can take up; the last of each matrix may be part empty."""
+    fewest = loops.FEW_ROWS + 1 if group >= LANES else 1
+    return (rows + min(matrices, rows // fewest) * (LANES - 1)) // LANES if rows >= fewest else 1
+
+
+def _threads(rows: int, entries: int) -> int:
+    """How many threads to cut a product over: the processor's, shared between devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else max(1, mesh.size // jax.process_count())
+    return max(1, min(_cores() // devices, entries * -(-rows // 4) // _A_THREAD))
+
+
+def _cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What XLA calls. Every field of its C structures that is used here takes 8 bytes; the numbers
+# below are places in them.
+
+_FRAME_EXTENSION, _FRAME_ARGUMENTS, _FRAME_RESULTS, _FRAME_SIZE = 1, 9, 14, 22
+_DATA, _SIZES, _BUFFER_SIZE = 3, 5, 6
+_EXTENSION_TYPE, _EXTENSION_METADATA, _METADATA_VERSION = 1, 3, 3
+_METADATA = 1
+_VERSION = 3 << 32  # 0.3: the major number lies in the lower half
+
+
+@compiled
+def _run(frame: Any) -> None:
+    """The product of a call: pack the rows of matrices that many meet, then multiply."""
+    arguments, results = words(frame[_FRAME_ARGUMENTS], 4), words(frame[_FRAME_RESULTS], 2)
+    x, weight = words(arguments[0], _BUFFER_SIZE), words(arguments[1], _BUFFER_SIZE)
+    scales, numbers = words(arguments[2], _BUFFER_SIZE), words(arguments[3], _BUFFER_SIZE)
+    out, packed = words(results[0], _BUFFER_SIZE), words(results[1], _BUFFER_SIZE)
+    k, n = words(x[_SIZES], 2)[1], words(out[_SIZES], 2)[1]
+    matrices = words(numbers[_SIZES], 1)[0] - 4
+    facts = carray(pointer(numbers[_DATA]), (matrices + 4,), np.int32)
+    place, groups, n_threads = facts[0], facts[1], facts[2]
+    lists, met, many = np.zeros((3, matrices + 1), np.int64), 0, False
+    for i in range(matrices):
+        rows = np.int64(facts[4 + i])
+        if rows == 0:
+            continue
+        is_few = loops.has_few(rows, k, groups)
+        lists[0, met] = i
+        lists[1, met + 1] = lists[1, met] + rows
+        lists[2, met + 1] = lists[2, met] + (0 if is_few else -(-rows // LANES))
+        met += 1
+        many = many or not is_few
+    if met == 0:
+        return
+    task = np.empty(loops.SIZE, np.int64)
+    task[loops.X], task[loops.OUT], task[loops.PACKED] = x[_DATA], out[_DATA], packed[_DATA]
+    task[loops.WEIGHT] = weight[_DATA] + place * n * k
+    task[loops.SCALES] = scales[_DATA] + 2 * place * groups * n
+    task[loops.K], task[loops.GROUPS], task[loops.N] = k, groups, n
+    task[loops.ROUNDED], task[loops.MATRICES] = facts[3], met
+    task[loops.MATRIX] = np.int64(lists[0].ctypes.data)
+    task[loops.ROWS] = np.int64(lists[1].ctypes.data)
+    task[loops.VECTORS] = np.int64(lists[2].ctypes.data)
+    if many:
+        task[loops.IS_PACKING], task[loops.PIECES] = 1, lists[2, met]
+        threads.share(task, n_threads)
+    pieces = _PIECES * n_threads
+    task[loops.IS_PACKING] = 0
+    task[loops.PIECES] = met * (pieces if many else -(-pieces // met))
+    threads.share(task, n_threads)
+
+
+def _handler(version: int) -> Any:
+    """What XLA calls, and threads begin with."""
+
+    def handle(address: int) -> int:
+        """Answer XLA, which asks which version this is or for a product; at no address, help."""
+        if address == 0:
+            threads.help_others()
+            return 0 * version
+        frame = words(address, _FRAME_SIZE)
+        if frame[_FRAME_EXTENSION] != 0:
+            extension = words(frame[_FRAME_EXTENSION], 4)
+            if np.int32(extension[_EXTENSION_TYPE]) == _METADATA:
+                words(extension[_EXTENSION_METADATA], 4)[_METADATA_VERSION] = _VERSION
+                return 0
+        _run(frame)
+        return 0
+
+    return handle
+
+
+def _version() -> int:
+    """A number that changes with any of the files of which the compiled code is made.
+
+    Functions are made for a version, so that what is kept on disk is of the same."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    return int.from_bytes(digest.digest()[:4])
+
+
+@functools.cache
+def _register() -> tuple[Any, Any]:
+    """Make the product known to XLA; returns what must live as long as XLA may call it."""
+    threads.prepare()
+    version = _version()
+    piece, handler = called_from_c(loops.piece_runner(version)), called_from_c(_handler(version))
+    threads.set_functions(handler.address, piece.address)
+    atexit.register(threads.await_helpers)
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype = ctypes.py_object
+    capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    target = capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None)
+    jax.ffi.register_ffi_target(_TARGET, target, platform="cpu", api_version=1)
+    return piece, handler

@@ -1,0 +1,241 @@
+"""The innermost part of products of many rows: a tile of outputs and rows, in the compiler's own
+language.
+
+Rows lie across the lanes, 16 of them in a register of 16 lanes; an entry of the matrix is met by
+all of them at once. Where the processor has the instruction and bfloat16 is asked for, two entries
+at a time: products exact in float32, sums in float32.
+"""
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from grokkit.cpu.instructions import LANES, instruction, prefetch
+
+llvmlite.binding.initialize_native_asmparser()  # for the one instruction named below
+llvmlite.binding.initialize_native_asmparser()  # for the instruction named below
+
+OUTPUTS = 6
+MOST_VECTORS = 4 if LANES == 16 else 2
+"""With these a tile's sums, and what they are made of, just fit in the processor's registers."""
+
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VECTOR, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
+_VECTOR_BYTES = 4 * LANES
+
+
+def wide_tile(vectors: int, pairs: bool) -> Any:
+    """A function for compiled code that adds a tile's products to its totals.
+
+    Its arguments are integers:
+
+    - `x`: address of the rows' first entries, [vector, entry, lane] in float32; with `pairs` of
+      bfloat16 [vector, pair of entries, lane, 2].
+    - `x_bytes`: from vector to vector of `x`.
+    - `panel`: address of the matrix's, [output, entry] in the same numbers.
+    - `panel_bytes`: from output to output of it.
+    - `steps`: how many entries, or pairs of them.
+    - `scales`: address of a float32 for each output, which its sums are multiplied by.
+    - `totals`: address of the totals, [output, row] in float32.
+    - `totals_bytes`: from output to output of them.
+    """
+
+    def compute(
+        typing_context, x, x_bytes, panel, panel_bytes, steps, scales, totals, totals_bytes
+    ):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _compute(builder, vectors, pairs, *arguments)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 8), codegen
+
+    return instruction(compute)
+
+
+def _compute(
+    builder: Any, vectors: int, pairs: bool, x: Any, x_bytes: Any, panel: Any, panel_bytes: Any,
+    steps: Any, scales: Any, totals: Any, totals_bytes: Any,
+) -> None:  # fmt: skip
+    each = [(j, v) for j in range(OUTPUTS) for v in range(vectors)]
+    sums = {at: cgutils.alloca_once_value(builder, _ZEROS) for at in each}
+    for place in sums.values():
+        builder.store(_ZEROS, place)
+    with cgutils.for_range(builder, steps) as loop:
+        x_at = builder.add(x, builder.mul(loop.index, _I64(_VECTOR_BYTES)))
+        panel_at = builder.add(panel, builder.mul(loop.index, _I64(4)))
+        rows = [
+            _load(builder, _on(builder, x_at, v, x_bytes), _VECTOR, _VECTOR_BYTES)
+            for v in range(vectors)
+        ]
+        for j in range(OUTPUTS):
+            entry = _load(builder, _on(builder, panel_at, j, panel_bytes), _F32, 4)
+            entries = _splat(builder, entry)
+            for v in range(vectors):
+                add = _add_pairs if pairs else _add_products
+                builder.store(add(builder, builder.load(sums[j, v]), rows[v], entries), sums[j, v])
+    for j in range(OUTPUTS):
+        scale = _splat(builder, _load(builder, _on(builder, scales, j, _I64(4)), _F32, 4))
+        for v in range(vectors):
+            place = _on(builder, _on(builder, totals, j, totals_bytes), v, _I64(_VECTOR_BYTES))
+            total = _load(builder, place, _VECTOR, 4)
+            total = _add_products(builder, total, builder.load(sums[j, v]), scale)
+            builder.store(total, builder.inttoptr(place, _VECTOR.as_pointer()), 4)
+
+
+def converter(pairs: bool) -> Any:
+    """A function for compiled code that turns int8 entries into a panel's numbers.
+
+    Its arguments are integers: the address of the entries, of the numbers, and how many; and of
+    the entries that will be wanted soon, which are called for from memory.
+    """
+
+    def convert(typing_context, entries, numbers, n, soon):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            entries, numbers, n, soon = arguments
+            with cgutils.for_range_slice(builder, _I64(0), n, _I64(64)) as (i, _):
+                prefetch(builder, builder.add(soon, i))
+            whole = builder.mul(builder.sdiv(n, _I64(2 * LANES)), _I64(2 * LANES))
+            for first, last, width in ((_I64(0), whole, 2 * LANES), (whole, n, 1)):
+                with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
+                    _convert(
+                        builder,
+                        builder.add(entries, i),
+                        _on(builder, numbers, i, _I64(2 if pairs else 4)),
+                        width,
+                        pairs,
+                    )
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 4), codegen
+
+    return instruction(convert)
+
+
+def _convert(builder: Any, source: Any, target: Any, width: int, pairs: bool) -> None:
+    def kind(of: Any) -> Any:
+        return ir.VectorType(of, width) if width > 1 else of
+
+    numbers = builder.sitofp(_load(builder, source, kind(ir.IntType(8)), 1), kind(_F32))
+    if pairs:
+        # The upper half of the float32 holds such small numbers exactly.
+        bits = builder.bitcast(numbers, kind(_I32))
+        sixteen = ir.Constant(kind(_I32), [16] * width if width > 1 else 16)
+        numbers = builder.trunc(builder.lshr(bits, sixteen), kind(_I16))
+    builder.store(numbers, builder.inttoptr(target, numbers.type.as_pointer()), 2)
+
+
+def rounder(pairs: bool) -> Any:
+    """A function for compiled code that rounds float32 numbers to bfloat16, ties to even.
+
+    With `pairs` two of them are written together, in 4 bytes; else each as a float32. Its arguments
+    are integers: the address of the numbers, where to write, and how many, or how many pairs.
+    """
+
+    def round_all(typing_context, numbers, rounded, n):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            numbers, rounded, n = arguments
+            whole = builder.mul(builder.sdiv(n, _I64(LANES)), _I64(LANES))
+            for first, last, width in ((_I64(0), whole, LANES), (whole, n, 1)):
+                with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
+                    source = _on(builder, numbers, i, _I64(8 if pairs else 4))
+                    bits = ir.VectorType(_I32, 2 * width if pairs else width)
+                    found = _rounded(builder, _load(builder, source, bits, 4), bits)
+                    if pairs:
+                        found = _side_by_side(builder, found, ir.VectorType(_I64, width))
+                    target = _on(builder, rounded, i, _I64(4))
+                    builder.store(found, builder.inttoptr(target, found.type.as_pointer()), 4)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 3), codegen
+
+    return instruction(round_all)
+
+
+def _rounded(builder: Any, bits: Any, kind: Any) -> Any:
+    """The bits of float32 numbers, those below the upper half rounded away."""
+
+    def each(number: int) -> Any:
+        return ir.Constant(kind, [number] * kind.count)
+
+    least = builder.and_(builder.lshr(bits, each(16)), each(1))
+    nearest = builder.add(builder.add(bits, each(0x7FFF)), least)
+    magnitude = builder.and_(bits, each(0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, each(0x7F800000))
+    return builder.and_(builder.select(is_nan, each(0x7FC00000), nearest), each(0xFFFF0000))
+
+
+def _side_by_side(builder: Any, bits: Any, kind: Any) -> Any:
+    """The upper halves of two neighbours as one word, the first one's lower."""
+
+    def each(number: int) -> Any:
+        return ir.Constant(kind, [number] * kind.count)
+
+    both = builder.bitcast(bits, kind)
+    low = builder.and_(builder.lshr(both, each(16)), each(0xFFFF))
+    return builder.trunc(
+        builder.or_(low, builder.lshr(both, each(32))), ir.VectorType(_I32, kind.count)
+    )
+
+
+@instruction
+def transpose(typing_context, source, source_bytes, target, target_bytes):
+    """Write a square of `LANES` numbers of 4 bytes each way, turned round.
+
+    The arguments are integers: addresses, and how far rows lie apart, in bytes.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_bytes, target, target_bytes = arguments
+        places = range(LANES)
+        rows = [_load(builder, _on(builder, source, i, source_bytes), _VECTOR, 4) for i in places]
+        # Exchange the off-diagonal halves of squares of 2, 4, ... numbers.
+        half = 1
+        while half < LANES:
+            low = [i if not i & half else i - half + LANES for i in places]
+            high = [i + half for i in low]
+            for i in places:
+                if not i & half:
+                    pair = rows[i], rows[i + half]
+                    rows[i], rows[i + half] = (
+                        builder.shuffle_vector(*pair, ir.Constant(_WORDS, lanes))
+                        for lanes in (low, high)
+                    )
+            half *= 2
+        for i in places:
+            place = builder.inttoptr(_on(builder, target, i, target_bytes), _VECTOR.as_pointer())
+            builder.store(rows[i], place, 4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 4), codegen
+
+
+def _add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    product = builder.fmul(a, b, flags=("contract",))
+    return builder.fadd(product, total, flags=("contract",))
+
+
+def _add_pairs(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    instruction = ir.InlineAsm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", side_effect=False)
+    return builder.call(instruction, [total, a, b])
+
+
+def _on(builder: Any, address: Any, count: Any, width: Any) -> Any:
+    """The address so many times so many bytes on."""
+    count = _I64(count) if isinstance(count, int) else count
+    return builder.add(address, builder.mul(count, width))
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _splat(builder: Any, number: Any) -> Any:
+    """The number in every lane."""
+    nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    first = builder.insert_element(nothing, number, _I32(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * LANES))
