@@ -11,25 +11,25 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from grokkit.config import GrokConfig
 from grokkit.sharding import Declaration, ParamSpec, partition_spec
 
-_KEYS = ("batch", "position", "kv_head", "d_head")
-_Stored = (
-    Float[Array, "layer batch capacity kv_head d_head"]
-    | UInt16[Array, "layer batch capacity kv_head d_head"]
+_KEYS = ("batch", "kv_head", "position", "d_head")
+Stored = (
+    Float[Array, "layer batch kv_head capacity d_head"]
+    | UInt16[Array, "layer batch kv_head capacity d_head"]
 )
 
 
 class KVCache(eqx.Module):
     """Keys and values of every layer, one slot a position; slot i holds position i.
 
-    Sequences of a batch may have different lengths. Slots at and beyond a sequence's length
+    A head's keys lie together, as products with them read them. Sequences of a batch may have different lengths. Slots at and beyond a sequence's length
     hold nothing of use and are written over by its next tokens.
 
     bfloat16 numbers are held as the integers of the same 16 bits: XLA's CPU compiler widens a
     bfloat16 buffer to write into it, and so would rewrite the whole of it for each token.
     """
 
-    keys: _Stored | Declaration
-    values: _Stored | Declaration
+    keys: Stored | Declaration
+    values: Stored | Declaration
     visible: Bool[Array, "batch position"] | Declaration
     """Whether a slot holds a token that may be attended to: written, and no pad."""
     length: Int[Array, " batch"] | Declaration
@@ -42,7 +42,7 @@ class KVCache(eqx.Module):
     def specs(config: GrokConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
         """Declare the cache for `batch` sequences of up to `capacity` tokens, rounded to `dtype`."""
         kv = ParamSpec(
-            (config.n_layers, batch, capacity, config.n_kv_heads, config.d_head),
+            (config.n_layers, batch, config.n_kv_heads, capacity, config.d_head),
             jnp.uint16 if dtype == jnp.bfloat16 else dtype,
             ("layer", *_KEYS),
         )
@@ -69,15 +69,15 @@ class KVCache(eqx.Module):
     @property
     def capacity(self) -> int:
         """Longest sequence that fits, in tokens."""
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
 
 def write(
-    buffer: _Stored,
-    new: Float[Array, "batch position kv_head d_head"],
+    buffer: Stored,
+    new: Float[Array, "batch kv_head position d_head"],
     layer: Int[Array, ""] | int,
     start: Int[Array, " batch"],
-) -> _Stored:
+) -> Stored:
     """Put the keys (or values) of new tokens into one layer, each row at its own position."""
 
     def local(buffer, new, layer, start):
@@ -85,7 +85,7 @@ def write(
             new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
         for row in range(new.shape[0]):
             update = new[row].astype(buffer.dtype)[None, None]
-            buffer = jax.lax.dynamic_update_slice(buffer, update, (layer, row, start[row], 0, 0))
+            buffer = jax.lax.dynamic_update_slice(buffer, update, (layer, row, 0, start[row], 0))
         return buffer
 
     cache, keys, rows = (partition_spec(a) for a in (("layer", *_KEYS), _KEYS, ("batch",)))
@@ -97,18 +97,26 @@ def write(
 
 
 def read(
-    buffer: _Stored, layer: Int[Array, ""] | int
-) -> Float[Array, "batch capacity kv_head d_head"]:
+    buffer: Stored, layer: Int[Array, ""] | int
+) -> Float[Array, "batch kv_head capacity d_head"]:
     """The keys (or values) of one layer, in the dtype that they were rounded to."""
-    found = jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
-    if found.dtype == jnp.uint16:
-        found = jax.lax.bitcast_convert_type(found, jnp.bfloat16)
+    found = part(buffer, layer, 0, buffer.shape[3])
     return jax.reshard(found, partition_spec(_KEYS))
 
 
+def part(
+    buffer: Stored, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, size: int
+) -> Float[Array, "batch kv_head position d_head"]:
+    """The keys (or values) of one layer from some position on."""
+    found = jax.lax.dynamic_slice(
+        buffer, (layer, 0, 0, start, 0), (1, *buffer.shape[1:3], size, buffer.shape[4])
+    )[0]
+    return jax.lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == jnp.uint16 else found
+
+
 def rounded(
-    buffer: _Stored, new: Float[Array, "batch position kv_head d_head"]
-) -> Float[Array, "batch position kv_head d_head"]:
+    buffer: Stored, new: Float[Array, "batch kv_head position d_head"]
+) -> Float[Array, "batch kv_head position d_head"]:
     """Keys (or values) as they would be read after they were written."""
     return new.astype(jnp.bfloat16 if buffer.dtype == jnp.uint16 else buffer.dtype)
 
@@ -155,8 +163,8 @@ def put_rows(cache: KVCache, new: KVCache, at: Int[Array, " row"]) -> KVCache:
     specs = (kv, kv, partition_spec(("batch", "position")), partition_spec(("batch",)))
     beyond = max(capacity - new.capacity, 0)
     parts = (
-        new.keys[:, :, :capacity],
-        new.values[:, :, :capacity],
+        new.keys[:, :, :, :capacity],
+        new.values[:, :, :, :capacity],
         jnp.pad(new.visible, ((0, 0), (0, beyond)))[:, :capacity],
         new.length,
     )

@@ -12,7 +12,7 @@ from grokkit.sharding import partition_spec
 CONFIG = grokkit.GrokConfig(
     vocab_size=16, d_model=16, n_layers=3, n_heads=4, n_kv_heads=4, d_head=2, d_ff=16
 )
-KEYS = ("batch", "position", "kv_head", "d_head")
+KEYS = ("batch", "kv_head", "position", "d_head")
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +23,23 @@ def mesh():
 def test_empty_cache_shows_no_key_and_is_laid_out_over_the_mesh(mesh):
     cache = KVCache.empty(CONFIG, 4, 10, jnp.dtype(jnp.bfloat16), mesh)
     assert cache.capacity == 10
-    assert cache.keys.shape == cache.values.shape == (3, 4, 10, 4, 2)
+    assert cache.keys.shape == cache.values.shape == (3, 4, 4, 10, 2)
     assert cache.keys.dtype == cache.values.dtype == jnp.uint16  # the bits of a bfloat16
     exact = KVCache.empty(CONFIG, 4, 10, jnp.dtype(jnp.float32), mesh)
     assert exact.keys.dtype == exact.values.dtype == jnp.float32
-    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 10, 1, 2)
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (3, 2, 1, 10, 2)
     assert not np.asarray(cache.visible).any() and cache.visible.shape == (4, 10)
     assert cache.length.tolist() == [0] * 4
 
 
 def test_each_row_is_written_at_its_own_place_and_nowhere_else(mesh):
     random = np.random.default_rng(0)
-    before = random.normal(size=(3, 4, 10, 4, 2)).astype(np.float32)
-    new = random.normal(size=(4, 3, 4, 2)).astype(np.float32)
+    before = random.normal(size=(3, 4, 4, 10, 2)).astype(np.float32)
+    new = random.normal(size=(4, 4, 3, 2)).astype(np.float32)
     start = np.array([0, 7, 2, 5], np.int32)
     expected = before.copy()
     for row in range(4):
-        expected[1, row, start[row] : start[row] + 3] = new[row]
+        expected[1, row, :, start[row] : start[row] + 3] = new[row]
     on = {axes: jax.NamedSharding(mesh, partition_spec(axes)) for axes in [KEYS, ("layer", *KEYS)]}
     with jax.set_mesh(mesh):
         found = write(
@@ -56,13 +56,13 @@ def test_each_row_is_written_at_its_own_place_and_nowhere_else(mesh):
 
 
 def test_what_is_written_is_rounded_to_the_caches_dtype(mesh):
-    new = np.full((2, 1, 4, 2), 1.001, np.float32)
+    new = np.full((2, 4, 1, 2), 1.001, np.float32)
     cache = KVCache.empty(CONFIG, 2, 4, jnp.dtype(jnp.bfloat16), mesh)
     with jax.set_mesh(mesh):
         rows = jax.device_put(new, jax.NamedSharding(mesh, partition_spec(KEYS)))
         found = read(write(cache.keys, rows, 0, cache.length), 0)[None]
     assert found.dtype == jnp.bfloat16
-    assert (np.asarray(found, np.float32)[0, :, 0] == 1.0).all()
+    assert (np.asarray(found, np.float32)[0, :, :, 0] == 1.0).all()
     for dtype in (jnp.bfloat16, jnp.float32):
         keys = KVCache.empty(CONFIG, 2, 4, jnp.dtype(dtype), mesh).keys
         np.testing.assert_array_equal(rounded(keys, rows), new.astype(jnp.dtype(dtype)))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grokkit.config import GrokConfig
-from grokkit.kv_cache import KVCache, read, rounded, write
+from grokkit.kv_cache import KVCache, Stored, part, read, rounded, write
 from grokkit.layers.linear import column_parallel, row_parallel
 from grokkit.layers.rotary import rotate
 from grokkit.numerics import einsum32
@@ -21,7 +21,8 @@ KEY_BLOCK = 1024
 _LOWEST = -1e30  # below any score, which the soft cap bounds, and finite in differences
 
 _HEADS = P("data", None, "model")
-_SCORES = P("data", "model")
+_KEYS = _SCORES = P("data", "model")
+_STORED = P(None, "data", "model")
 
 
 class Attention(eqx.Module):
@@ -82,22 +83,26 @@ class Attention(eqx.Module):
         v = tap("v", _split_heads(column_parallel(x, self.value, dtype), config.d_head))
         q = rotate(q, positions, config.rope_base)
         k = rotate(k, positions, config.rope_base)
+        k, v = (jax.reshard(jnp.moveaxis(a, 2, 1), _KEYS) for a in (k, v))
         whole = tap.wants("attn_scores") or tap.wants("pattern")  # over every slot, seen or not
+        stored, at = (k[None], v[None]), jnp.int32(0)
         if cache is not None:
             start = positions[:, 0]
             keys = write(cache.keys, k, layer, start)
             values = write(cache.values, v, layer, start)
             if cache.is_new and not whole:
-                k, v = rounded(keys, k), rounded(values, v)
+                stored = rounded(keys, k)[None], rounded(values, v)[None]
             else:
-                k, v = read(keys, layer), read(values, layer)
+                stored, at = (keys, values), layer
             cache = eqx.tree_at(lambda c: (c.keys, c.values), cache, (keys, values))
-        key_positions = jnp.arange(k.shape[1])
-        mask = (key_positions <= positions[:, :, None]) & visible[:, None, : k.shape[1]]
-        if k.shape[1] <= KEY_BLOCK or whole:
-            z = _attend(q, k, v, mask, config, dtype, tap)
+        n_keys = stored[0].shape[3]
+        mask = (jnp.arange(n_keys) <= positions[:, :, None]) & visible[:, None, :n_keys]
+        if n_keys <= KEY_BLOCK or whole:
+            z = _attend(q, *(read(a, at) for a in stored), mask, config, dtype, tap)
         else:
-            z = _attend_by_blocks(q, k, v, mask, config, dtype)
+            # Beyond the last position a cache holds nothing; that of a whole sequence is known.
+            reach = n_keys if cache is None or cache.is_new else jnp.max(positions) + 1
+            z = _attend_by_blocks(q, stored, at, reach, mask, config, dtype)
         z = tap("z", z)
         out = row_parallel(z.reshape(*x.shape[:2], -1), self.out, dtype)
         return tap("attn_out_pre_norm", out), cache
@@ -114,8 +119,8 @@ def _reshape(x: Array, shape: tuple[int, ...], layout: P) -> Array:
 
 def _attend(
     q: Float[Array, "batch query head d_head"],
-    k: Float[Array, "batch key kv_head d_head"],
-    v: Float[Array, "batch key kv_head d_head"],
+    k: Float[Array, "batch kv_head key d_head"],
+    v: Float[Array, "batch kv_head key d_head"],
     mask: Bool[Array, "batch query key"],
     config: GrokConfig,
     dtype: Any,
@@ -126,10 +131,10 @@ def _attend(
     A query that sees no key at all (nothing but pads up to it) gets zeros.
     """
     batch, queries, n_heads, d_head = q.shape
-    n_kv_heads = k.shape[2]
+    n_kv_heads = k.shape[1]
     grouped = _reshape(q, (batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head), _HEADS)
     scores = _scores(grouped, k, config, dtype)
-    scores = _reshape(scores, (batch, n_heads, queries, k.shape[1]), _SCORES)
+    scores = _reshape(scores, (batch, n_heads, queries, k.shape[2]), _SCORES)
     mask = mask[:, None]
     # Masked again after the tap: an edit of a score cannot make a hidden key visible.
     scores = jnp.where(mask, tap("attn_scores", jnp.where(mask, scores, -jnp.inf)), -jnp.inf)
@@ -137,64 +142,69 @@ def _attend(
     exp = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isinf(largest), 0, largest)), 0)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     pattern = tap("pattern", exp / jnp.where(total == 0, 1, total))
-    weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[1]), _SCORES)
+    weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[2]), _SCORES)
     # Heads before queries: the other order would turn the values round in memory first.
-    z = einsum32("bngqk,bknd->bngqd", weights, v, dtype)
+    z = einsum32("bngqk,bnkd->bngqd", weights, v, dtype)
     return _reshape(jnp.moveaxis(z, 3, 1), (batch, queries, n_heads, d_head), _HEADS)
 
 
 def _scores(
     q: Float[Array, "batch query kv_head group d_head"],
-    k: Float[Array, "batch key kv_head d_head"],
+    k: Float[Array, "batch kv_head key d_head"],
     config: GrokConfig,
     dtype: Any,
 ) -> Float[Array, "batch kv_head group query key"]:
     """How strongly each query asks for each key, under the soft cap."""
-    scores = einsum32("bqngd,bknd->bngqk", q, k, dtype) * config.attention_multiplier
+    scores = einsum32("bqngd,bnkd->bngqk", q, k, dtype) * config.attention_multiplier
     return config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
 
 
 def _attend_by_blocks(
     q: Float[Array, "batch query head d_head"],
-    k: Float[Array, "batch key kv_head d_head"],
-    v: Float[Array, "batch key kv_head d_head"],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""],
+    reach: Int[Array, ""] | int,
     mask: Bool[Array, "batch query key"],
     config: GrokConfig,
     dtype: Any,
 ) -> Float[Array, "batch query head d_head"]:
     """`_attend` without the whole pattern: a block of keys at a time, with a running softmax.
 
+    No query sees a key from `reach` on; their blocks are not read. A derivative is there if it is
+    known beforehand.
+
     (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135.)
     """
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -k.shape[1] % KEY_BLOCK)))
-    k, v = (jnp.pad(a, ((0, 0), (0, mask.shape[2] - a.shape[1]), (0, 0), (0, 0))) for a in (k, v))
+    n_keys, n_blocks = mask.shape[2], (reach + KEY_BLOCK - 1) // KEY_BLOCK
+    unknown = () if isinstance(n_blocks, int) else (n_blocks,)
 
-    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    def local(
+        q: Array, stored: tuple[Array, Array], layer: Array, mask: Array, *unknown: Array
+    ) -> Array:
         batch, queries, n_heads, d_head = q.shape
-        grouped = q.reshape(batch, queries, k.shape[2], -1, d_head)
+        grouped = q.reshape(batch, queries, stored[0].shape[2], -1, d_head)
 
-        def add(carry: tuple[Array, Array, Array], block: Array) -> tuple[Any, None]:
+        def add(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, z = carry
-            keys, values, seen = (
-                jax.lax.dynamic_slice_in_dim(a, block * KEY_BLOCK, KEY_BLOCK, axis)
-                for a, axis in ((k, 1), (v, 1), (mask, 2))
-            )
+            # The last block begins where it still fits; what the one before has seen is left out.
+            start = jnp.minimum(block * KEY_BLOCK, n_keys - KEY_BLOCK)
+            keys, values = (part(a, layer, start, KEY_BLOCK) for a in stored)
+            seen = jax.lax.dynamic_slice_in_dim(mask, start, KEY_BLOCK, axis=2)
+            seen = (seen & (start + jnp.arange(KEY_BLOCK) >= block * KEY_BLOCK))[:, None, None]
             scores = _scores(grouped, keys, config, dtype)
-            seen = seen[:, None, None]
             above = jnp.maximum(largest, jnp.max(scores, axis=-1, where=seen, initial=_LOWEST))
             exp = jnp.where(seen, jnp.exp(scores - above[..., None]), 0)
             shrink = jnp.exp(largest - above)
-            z = z * shrink[..., None] + einsum32("bngqk,bknd->bngqd", exp, values, dtype)
-            return (above, total * shrink + jnp.sum(exp, axis=-1), z), None
+            z = z * shrink[..., None] + einsum32("bngqk,bnkd->bngqd", exp, values, dtype)
+            return above, total * shrink + jnp.sum(exp, axis=-1), z
 
         # Zeros of the type that the sums have: they differ between devices as the heads do.
         zeros = jnp.moveaxis(0 * grouped, 1, 3)
         start = (zeros[..., 0] + _LOWEST, zeros[..., 0], zeros)
-        n_blocks = mask.shape[2] // KEY_BLOCK
-        (_, total, z), _ = jax.lax.scan(add, start, jnp.arange(n_blocks, dtype=jnp.int32))
+        _, total, z = jax.lax.fori_loop(0, unknown[0] if unknown else n_blocks, add, start)
         z = z / jnp.where(total == 0, 1, total)[..., None]
         return jnp.moveaxis(z, 3, 1).reshape(batch, queries, n_heads, d_head)
 
-    return jax.shard_map(local, in_specs=(_HEADS, _HEADS, _HEADS, P("data")), out_specs=_HEADS)(
-        *jax.reshard((q, k, v, mask), (_HEADS, _HEADS, _HEADS, P("data")))
-    )
+    layouts = [_HEADS, (_STORED, _STORED), P(), P("data"), *(P() for _ in unknown)]
+    arrays = jax.reshard([q, stored, layer, mask, *unknown], layouts)
+    return jax.shard_map(local, in_specs=tuple(layouts), out_specs=_HEADS)(*arrays)
