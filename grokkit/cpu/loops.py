@@ -15,7 +15,7 @@ from grokkit.cpu.tiles import tile
 from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, transpose, wide_tile
 
 FEW_ROWS = 16
-"""Up to this many rows of a matrix its entries are read once for every four."""
+"""Up to this many rows of a matrix its entries are read once for every few of them."""
 
 # A product's numbers, in 8 bytes each: addresses of the rows [row, k], of the matrix and scales
 # that the first place stands for, of the result and of the packed rows; k, the groups of scales
@@ -67,12 +67,18 @@ def piece_runner(version: int) -> Any:
 # Few rows
 
 
+_AT_ONCE = 5 if LANES == 16 else 4
+"""Rows of a tile: as many as its sums leave registers for."""
+
+
 def _tiles(outputs: int) -> Any:
-    """A function that computes a tile of so many outputs and up to four rows."""
-    one, two, three, four = (tile(outputs, rows) for rows in (1, 2, 3, 4))
+    """A function that computes a tile of so many outputs and some rows."""
+    one, two, three, four, five = (tile(outputs, min(n, _AT_ONCE)) for n in range(1, 6))
 
     def compute(rows: int, place: Any, how: Any) -> None:
-        if rows >= 4:
+        if rows == 5:
+            five(*place, *how)
+        elif rows == 4:
             four(*place, *how)
         elif rows == 3:
             three(*place, *how)
@@ -87,8 +93,8 @@ def _tiles(outputs: int) -> Any:
 _SOME = 4
 _some_outputs, _one_output = _tiles(_SOME), _tiles(1)
 _BYTES = 2**18
-"""Of the matrix, which stay in the processor's second cache while four rows after another meet
-them, those in the first."""
+"""Of the matrix, which stay in the processor's second cache while one tile's rows after another's
+meet them."""
 
 
 @compiled
@@ -98,19 +104,21 @@ def _multiply_few(task: Any, i: int, first: int, last: int) -> None:
     matrix, rows = words(task[MATRIX], task[MATRICES])[i], starts[i + 1] - starts[i]
     x, out = task[X] + 4 * k * starts[i], task[OUT] + 4 * n * starts[i]
     weight, scales = task[WEIGHT] + matrix * n * k, task[SCALES] + 2 * matrix * groups * n
-    at_once = max(1, _BYTES // (k * _SOME)) * _SOME if rows > 4 else n
+    tiles = -(-rows // _AT_ONCE)
+    at_once = max(1, _BYTES // (k * _SOME)) * _SOME if tiles > 1 else n
     how = (groups, k // groups, n, 4 * k)
     for start in range(first, last, at_once):
         end = min(start + at_once, last)
-        for r in range(0, rows, 4):
-            j = start
+        for t in range(tiles):
+            r, j = rows * t // tiles, start
+            some = rows * (t + 1) // tiles - r
             while j < end:
                 place = (x + 4 * k * r, weight + k * j, scales + 2 * j, out + 4 * (n * r + j))
                 if end - j >= _SOME:
-                    _some_outputs(rows - r, place, how)
+                    _some_outputs(some, place, how)
                     j += _SOME
                 else:
-                    _one_output(rows - r, place, how)
+                    _one_output(some, place, how)
                     j += 1
 
 
