@@ -165,8 +165,8 @@ def draw(curves: dict) -> Figure:
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, name, label in (
-        (left, "batch", "sequences in the batch"),
-        (right, "context", "places in the cache, all read"),
+        (left, "batch", "sequences of 500 tokens in the batch"),
+        (right, "context", "tokens before"),
     ):
         x, y = zip(*curves[name], strict=True)
         axes.plot(x, y, "o-", color="#0072B2")
