@@ -181,14 +181,8 @@ def _multiply_many(task: Any, i: int, first: int, last: int) -> None:
             totals[:] = 0
             x = task[PACKED] + v * vector_bytes
             _sum_up(task, i, start, outputs, some, x, totals, panel, scales)
-            _turn(
-                _address(totals),
-                outputs,
-                rows,
-                4 * _TOTALS,
-                task[OUT] + 4 * (n * row + start),
-                4 * n,
-            )
+            to = task[OUT] + 4 * (n * row + start)
+            _turn(_address(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
 
 
 @compiled
@@ -275,6 +269,6 @@ def _pack(task: Any, vector: int) -> None:
                 _round(x + 4 * (k * lane + first), to, n)
             else:
                 source = carray(pointer(x + 4 * (k * lane + first)), n, np.uint32)
-                for i in range(n):
-                    strip[lane, i] = source[i]
+                for e in range(n):
+                    strip[lane, e] = source[e]
         _turn(_address(strip), LANES, n, 4 * _STRIP, packed + 4 * LANES * first, 4 * LANES)

@@ -99,6 +99,26 @@ _DATA, _SIZES, _BUFFER_SIZE = 3, 5, 6
 _EXTENSION_TYPE, _EXTENSION_METADATA, _METADATA_VERSION = 1, 3, 3
 _METADATA = 1
 _VERSION = 3 << 32  # 0.3: the major number lies in the lower half
+_NUMBERS = 4
+"""How many numbers there are before the counts: place, groups, threads, whether to round."""
+
+
+@compiled
+def _group(counts: Any, lists: Any, k: int, groups: int) -> Any:
+    """List the matrices that rows meet, where their rows begin and where their packed rows do.
+
+    How many matrices there are, and how many vectors of packed rows.
+    """
+    met = rows = vectors = 0
+    lists[1, 0] = lists[2, 0] = 0
+    for i in range(counts.shape[0]):
+        count = np.int64(counts[i])
+        if count > 0:
+            rows += count
+            vectors += 0 if loops.has_few(count, k, groups) else -(-count // LANES)
+            lists[0, met], lists[1, met + 1], lists[2, met + 1] = i, rows, vectors
+            met += 1
+    return met, vectors
 
 
 @compiled
@@ -109,37 +129,30 @@ def _run(frame: Any) -> None:
     scales, numbers = words(arguments[2], _BUFFER_SIZE), words(arguments[3], _BUFFER_SIZE)
     out, packed = words(results[0], _BUFFER_SIZE), words(results[1], _BUFFER_SIZE)
     k, n = words(x[_SIZES], 2)[1], words(out[_SIZES], 2)[1]
-    matrices = words(numbers[_SIZES], 1)[0] - 4
-    facts = carray(pointer(numbers[_DATA]), (matrices + 4,), np.int32)
+    size = words(numbers[_SIZES], 1)[0]
+    facts = carray(pointer(numbers[_DATA]), (size,), np.int32)
     place, groups, n_threads = facts[0], facts[1], facts[2]
-    lists, met, many = np.zeros((3, matrices + 1), np.int64), 0, False
-    for i in range(matrices):
-        rows = np.int64(facts[4 + i])
-        if rows == 0:
-            continue
-        is_few = loops.has_few(rows, k, groups)
-        lists[0, met] = i
-        lists[1, met + 1] = lists[1, met] + rows
-        lists[2, met + 1] = lists[2, met] + (0 if is_few else -(-rows // LANES))
-        met += 1
-        many = many or not is_few
+    # In one piece of memory, which is let go when its last name is: the lists lie behind the task.
+    length = size - _NUMBERS + 1
+    task = np.zeros(loops.SIZE + 3 * length, np.int64)
+    lists = task[loops.SIZE :].reshape(3, length)
+    met, vectors = _group(facts[_NUMBERS:], lists, k, groups)
     if met == 0:
         return
-    task = np.empty(loops.SIZE, np.int64)
     task[loops.X], task[loops.OUT], task[loops.PACKED] = x[_DATA], out[_DATA], packed[_DATA]
     task[loops.WEIGHT] = weight[_DATA] + place * n * k
     task[loops.SCALES] = scales[_DATA] + 2 * place * groups * n
     task[loops.K], task[loops.GROUPS], task[loops.N] = k, groups, n
     task[loops.ROUNDED], task[loops.MATRICES] = facts[3], met
-    task[loops.MATRIX] = np.int64(lists[0].ctypes.data)
-    task[loops.ROWS] = np.int64(lists[1].ctypes.data)
-    task[loops.VECTORS] = np.int64(lists[2].ctypes.data)
-    if many:
-        task[loops.IS_PACKING], task[loops.PIECES] = 1, lists[2, met]
+    lists_at = np.int64(task.ctypes.data) + 8 * loops.SIZE
+    task[loops.MATRIX], task[loops.ROWS] = lists_at, lists_at + 8 * length
+    task[loops.VECTORS] = lists_at + 16 * length
+    if vectors > 0:
+        task[loops.IS_PACKING], task[loops.PIECES] = 1, vectors
         threads.share(task, n_threads)
     pieces = _PIECES * n_threads
     task[loops.IS_PACKING] = 0
-    task[loops.PIECES] = met * (pieces if many else -(-pieces // met))
+    task[loops.PIECES] = met * (pieces if vectors > 0 else -(-pieces // met))
     threads.share(task, n_threads)
 
 
@@ -166,7 +179,8 @@ def _handler(version: int) -> Any:
 def _version() -> int:
     """A number that changes with any of the files of which the compiled code is made.
 
-    Functions are made for a version, so that what is kept on disk is of the same."""
+    Functions are made for a version, so that what is kept on disk is of the same.
+    """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     return int.from_bytes(digest.digest()[:4])

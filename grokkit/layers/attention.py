@@ -98,7 +98,8 @@ class Attention(eqx.Module):
         n_keys = stored[0].shape[3]
         mask = (jnp.arange(n_keys) <= positions[:, :, None]) & visible[:, None, :n_keys]
         if n_keys <= KEY_BLOCK or whole:
-            z = _attend(q, *(read(a, at) for a in stored), mask, config, dtype, tap)
+            k, v = (read(a, at) for a in stored)
+            z = _attend(q, k, v, mask, config, dtype, tap)
         else:
             # Beyond the last position a cache holds nothing; that of a whole sequence is known.
             reach = n_keys if cache is None or cache.is_new else jnp.max(positions) + 1
