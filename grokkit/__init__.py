@@ -16,7 +16,8 @@ from grokkit.edits import (
     SwapExperts,
 )
 from grokkit.errors import GrokkitError
-from grokkit.language_model import LanguageModel, load
+from grokkit.language_model import LanguageModel
+from grokkit.loading import load
 from grokkit.planning import plan
 from grokkit.processes import to_host
 from grokkit.sharding import make_mesh, virtual_devices

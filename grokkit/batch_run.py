@@ -15,7 +15,8 @@ from grokkit.batching import ContinuousBatch, Generation
 from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import PromptError
 from grokkit.generate import bucket
-from grokkit.language_model import LanguageModel, load
+from grokkit.language_model import LanguageModel
+from grokkit.loading import load
 from grokkit.sampling import Allowed, Sampling
 
 BLOCK = 8

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
+from grokkit.continuation import StreamedToken
 from grokkit.errors import PromptError
 from grokkit.generate import (
     PREFILL_PART,
@@ -32,7 +33,7 @@ from grokkit.generate import (
     to_host_async,
 )
 from grokkit.kv_cache import KVCache, put_row, put_rows
-from grokkit.language_model import LanguageModel, StreamedToken
+from grokkit.language_model import LanguageModel
 from grokkit.processes import to_host
 from grokkit.sampling import Allowed, Draw, Sampling, stack
 from grokkit.stop_strings import StopStrings

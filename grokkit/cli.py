@@ -21,7 +21,7 @@ from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, store
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
 from grokkit.inspect_checkpoint import checkpoint_layout
-from grokkit.language_model import default_mesh
+from grokkit.loading import default_mesh
 from grokkit.model import check_mesh, param_specs
 from grokkit.sampling import Sampling
 from grokkit.tokenizer import Tokenizer

@@ -1,9 +1,7 @@
 """What a user holds: a model, its tokenizer and the mesh it lies on."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,27 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grokkit import compilation_cache, scoring
+from grokkit import scoring
 from grokkit.activation_cache import ActivationCache
-from grokkit.checkpoint import (
-    Checkpoint,
-    check_content,
-    fingerprint,
-    load_params,
-    open_checkpoint,
-    stored_specs,
-)
-from grokkit.checkpoint.manifest import sha256
 from grokkit.compiled import compiled
 from grokkit.config import GrokConfig
+from grokkit.continuation import StreamedToken, collect, continuation, stream
 from grokkit.edits import Edit, resolve
-from grokkit.errors import (
-    CheckpointError,
-    ConfigError,
-    GrokkitError,
-    PromptError,
-    TokenizerError,
-)
+from grokkit.errors import GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts, generate_tokens, pad_right
 from grokkit.inspection import (
     Bill,
@@ -43,36 +27,16 @@ from grokkit.inspection import (
     as_captures,
     bill,
 )
-from grokkit.model import Grok, Output, check_mesh, param_specs
-from grokkit.processes import agree, is_first, spans_processes, to_host
+from grokkit.model import Grok, Output
 from grokkit.sampling import Allowed, Sampling
 from grokkit.scoring import Score
-from grokkit.sharding import abstract, make_mesh, release
+from grokkit.sharding import abstract, release
 from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
-from grokkit.zoo import shipped
 
 Text = str | Sequence[str]
 Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "..."] | Int[Array, "..."]
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamedToken:
-    """One token as it is generated.
-
-    Probabilities are the model's own: softmax of the logits, before temperature and nucleus.
-    """
-
-    id: int
-    text: str
-    """What this token adds to the text; empty while a character is not complete."""
-    prob: float
-    alternatives: tuple[tuple[int, str, float], ...]
-    """The most probable tokens, best first: id, text and probability."""
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @compiled(static_argnames=("captures",))
@@ -383,27 +347,12 @@ class LanguageModel:
         ids = [self.tokenizer.encode(p) for p in prompts]
         lengths = [len(p) for p in ids]
         recorder = GenerationRecorder(captures, self.config, lengths) if captures else None
-        new: list[list[int]] = [[] for _ in ids]
-        finished = [False] * len(ids)
         rounds = generate_tokens(
             self.runnable, self.mesh, ids, max_len, sampling, captures=captures,
             edits=self._resolve(edits, lengths),
         )  # fmt: skip
-        for i_round, piece in enumerate(rounds):
-            for step in to_host(piece.draws.token):
-                for i, token in enumerate(step.tolist()):
-                    if finished[i] or len(new[i]) == max_len:
-                        continue
-                    if token == self.config.eos_token:
-                        finished[i] = True
-                    else:
-                        new[i].append(token)
-            if recorder is not None:
-                recorder.add(piece.captured, prefill=i_round == 0)
-            if all(finished):
-                break
-        texts = [self._continuation(p, n) for p, n in zip(ids, new, strict=True)]
-        fed = max(len(n) - (not f) for n, f in zip(new, finished, strict=True))
+        new, fed = collect(rounds, len(ids), max_len, self.config.eos_token, recorder)
+        texts = [continuation(self.tokenizer, p, n) for p, n in zip(ids, new, strict=True)]
         return texts, None if recorder is None else recorder.cache(fed)
 
     def _resolve(self, edits: Sequence[Edit], lengths: Sequence[int]) -> tuple[Change, ...]:
@@ -443,131 +392,4 @@ class LanguageModel:
             self.runnable, self.mesh, copies, max_len, sampling, block=1,
             edits=self._resolve(edits, [len(ids)] * len(copies)),
         )  # fmt: skip
-        return self._stream(ids, rounds)
-
-    def _stream(self, ids: list[int], rounds: Iterator[Any]) -> Iterator[StreamedToken]:
-        decoder = self.tokenizer.stream_decoder(ids)
-        for piece in rounds:
-            draw = jax.tree.map(lambda a: to_host(a)[0, 0], piece.draws)
-            token = int(draw.token)
-            if token == self.config.eos_token:
-                return
-            shown = self.to_str_tokens(draw.top_tokens)
-            alternatives = zip(
-                draw.top_tokens.tolist(), shown, draw.top_probs.tolist(), strict=True
-            )
-            yield StreamedToken(token, decoder.push(token), float(draw.prob), tuple(alternatives))
-
-    def _continuation(self, prompt: list[int], new: list[int]) -> str:
-        decoder = self.tokenizer.stream_decoder(prompt)
-        return "".join(decoder.push(token) for token in new)
-
-
-def default_mesh(config: GrokConfig, specs: Any = None) -> Mesh:
-    """All devices on the model axis, or as many of them as divide the model's shapes.
-
-    **Arguments:**
-
-    - `config`: the model's sizes.
-    - `specs`: the parameters' declarations, if they are not those of `param_specs`.
-
-    **Raises:** `ConfigError` if there are several processes and they cannot all take part.
-    """
-    of_process: dict[int, list[Any]] = {}
-    for device in jax.devices():
-        of_process.setdefault(device.process_index, []).append(device)
-    for n in range(min(map(len, of_process.values())), 0, -1):
-        # As many of each process: one without a device would have nothing to do.
-        devices = [d for i in sorted(of_process) for d in of_process[i][:n]]
-        mesh = make_mesh(1, len(devices), devices)
-        try:
-            check_mesh(config, mesh, specs)
-        except ConfigError:
-            continue
-        return mesh
-    raise ConfigError(
-        f"{len(of_process)} processes cannot share this model evenly: its {config.n_kv_heads} "
-        f"key/value heads and its other sizes must divide over them; start another number"
-    )
-
-
-def load(
-    source: str | os.PathLike[str] = "nano",
-    mesh: Mesh | None = None,
-    dtype: Any = None,
-    progress: bool = True,
-    check: bool = False,
-    stream: bool = False,
-) -> LanguageModel:
-    """Load a model from a checkpoint.
-
-    **Arguments:**
-
-    - `source`: a directory that holds `ckpt-0/`, and optionally `config.json` and
-        `tokenizer.model`, or the safetensors files of `grokkit convert` or of a Hugging Face port;
-        or the name of a shipped model, `"nano"`. A directory called `nano` is loaded as
-        `"./nano"`.
-    - `mesh`: over which devices; by default all on the model axis, as many as divide the model's
-        shapes.
-    - `dtype`: what matrix products round to, `"float32"` or `"bfloat16"`; by default float32 on
-        a CPU and bfloat16 elsewhere.
-    - `progress`: show a progress bar, in bytes.
-    - `check`: read all float values first and refuse NaN or infinite ones; of a conversion, all
-        files, and refuse altered ones.
-    - `stream`: leave the layers on disk. Each pass reads them one after the other, the next while
-        one is used, and holds two at most; all else, results included, is as with the model in
-        memory. For one that does not fit: a pass takes at least as long as reading the files.
-
-    **Returns:** a `LanguageModel`.
-
-    **Raises:** `CheckpointError`, `ConfigError` or `TokenizerError` before anything is allocated; in
-    several processes `ProcessError`, if another one fails or has another checkpoint.
-    """
-    together = jax.process_count() > 1 if mesh is None else spans_processes(mesh)
-    checkpoint, mesh, dtype, tokenizer = agree(
-        lambda: _prepare(source, mesh, dtype, check, progress and is_first(), together), together
-    )
-    config = checkpoint.config
-    compilation_cache.enable()
-    specs = stored_specs(checkpoint, param_specs(config, dtype))
-    progress = progress and is_first()
-    if stream:
-        model = StreamedGrok(checkpoint, specs, mesh, progress)
-    else:
-        model = load_params(checkpoint, specs, mesh, progress=progress)
-    return LanguageModel(model, mesh, tokenizer, str(source))
-
-
-def _prepare(
-    source: str | os.PathLike[str],
-    mesh: Mesh | None,
-    dtype: Any,
-    check: bool,
-    progress: bool,
-    together: bool,
-) -> tuple[tuple[Checkpoint, Mesh, str, Tokenizer | None], dict[str, str]]:
-    """What `load` checks, and what must be the same in all processes."""
-    directory = shipped(source) if isinstance(source, str) else None
-    checkpoint = open_checkpoint(Path(source) if directory is None else directory)
-    config = checkpoint.config
-    specs = stored_specs(checkpoint, param_specs(config))
-    mesh = default_mesh(config, specs) if mesh is None else mesh
-    check_mesh(config, mesh, specs)
-    if dtype is None:
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise CheckpointError(f"dtype must be float32 or bfloat16, found {dtype!r}")
-    file = checkpoint.tokenizer_file
-    tokenizer = None if file is None else Tokenizer.from_file(file, config.vocab_size)
-    if check and is_first():
-        check_content(checkpoint, progress)
-    facts = {}
-    if together:
-        facts = {
-            "configuration": repr(config),
-            "checkpoint": f"one with the digest {fingerprint(checkpoint)[:16]}",
-            "tokenizer": "none" if file is None else f"one with the digest {sha256(file)[:16]}",
-            "mesh": " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-            "dtype": jnp.dtype(dtype).name,
-        }
-    return (checkpoint, mesh, dtype, tokenizer), facts
+        return stream(rounds, ids, self.tokenizer, self.config.eos_token)

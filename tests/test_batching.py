@@ -249,7 +249,7 @@ def split(text, random):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_stop_strings_are_found_wherever_tokens_are_cut(seed):
-    from grokkit.language_model import StreamedToken
+    from grokkit.continuation import StreamedToken
 
     random = np.random.default_rng(seed)
     for _ in range(50):

@@ -17,7 +17,8 @@ from grokkit.errors import (
     PromptError,
     TokenizerError,
 )
-from grokkit.language_model import LanguageModel, default_mesh
+from grokkit.language_model import LanguageModel
+from grokkit.loading import default_mesh
 
 SHORT, LONG = "Two and two make", "The quick brown fox"
 SETTINGS = {"max_len": 24, "temperature": 1.2, "top_p": 0.95, "seed": 5}

@@ -6,8 +6,9 @@ from typing import Any
 
 import ipywidgets
 
+from grokkit.continuation import StreamedToken
 from grokkit.errors import PromptError
-from grokkit.language_model import LanguageModel, StreamedToken
+from grokkit.language_model import LanguageModel
 from grokkit.widgets.explorer import Data, Explorer, button, rounded, text_area
 
 Entry = dict[str, Any]

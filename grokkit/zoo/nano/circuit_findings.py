@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from grokkit.errors import GrokkitError
-from grokkit.language_model import LanguageModel, load
+from grokkit.language_model import LanguageModel
+from grokkit.loading import load
 from grokkit.sharding import make_mesh
 from grokkit.zoo.nano import circuit_tables as tables_of
 from grokkit.zoo.nano.circuit_tables import INDUCTION_HEAD

@@ -14,7 +14,7 @@ import numpy as np
 from grokkit.analysis.causal_routing import Removal, forced_choices, remove_experts
 from grokkit.analysis.statistics import Null, Resampled
 from grokkit.errors import GrokkitError
-from grokkit.language_model import load
+from grokkit.loading import load
 from grokkit.sharding import make_mesh
 from grokkit.zoo.nano import routing_tables as tables_of
 from grokkit.zoo.nano.held_out import load_sample
