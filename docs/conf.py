@@ -51,7 +51,12 @@ subprocess.run(
     [sys.executable, HERE / "make_explorers.py", HERE / "_explorers" / "explorers"], check=True
 )
 
+pygments_dark_style = "github-dark"  # furo's own underlines what is imported, as if it were a link
+
 autodoc_member_order = "bysource"
+autodoc_default_options = {
+    "special-members": "__call__, __getitem__, __contains__, __iter__, __len__"
+}
 autoclass_content = "both"  # a class's arguments stand in its __init__
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -100,12 +100,15 @@ class ActivationCache:
         return jax.tree.map(lambda a: a[i], entry.value)
 
     def __contains__(self, key: object) -> bool:
+        """Whether a capture of this name was kept."""
         return key in self.entries
 
     def __iter__(self) -> Iterator[str]:
+        """Names of the captures."""
         return iter(self.entries)
 
     def __len__(self) -> int:
+        """How many captures there are."""
         return len(self.entries)
 
     def keys(self) -> list[str]:

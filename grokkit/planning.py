@@ -104,8 +104,9 @@ class Plan:
     def __repr__(self) -> str:
         c, (data, model) = self.config, self.mesh
         head = (
-            f"Plan of {c.n_params:,} parameters in {c.n_layers} layers on a mesh of data={data} x "
-            f"model={model}: {self.batch} sequence(s) of {self.context:,} tokens, {self.dtype}"
+            f"Plan of {c.n_params:,} parameters in {c.n_layers} layers\n"
+            f"  on a mesh of data={data} x model={model}: {self.batch} sequence(s) of "
+            f"{self.context:,} tokens, {self.dtype}"
         )
         titles = ("", "", "bytes in all", "bytes a device")
         sums = ("total", "", f"{self.nbytes:,}", f"{self.bytes_per_device:,}")

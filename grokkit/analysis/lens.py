@@ -52,7 +52,7 @@ class LensReading:
 
     def __repr__(self) -> str:
         mean = self.kl.mean(axis=(1, 2))
-        rows = "\n".join(f"  {site if layer is None else f'{site} {layer}':14} {kl:8.3f}"
+        rows = "\n".join(f"  {site if layer is None else f'{site} {layer}':14} {kl:z8.3f}"
                          for (site, layer), kl in zip(self.depths, mean, strict=True))  # fmt: skip
         return f"LensReading, mean divergence from the final distribution in nats\n{rows}"
 

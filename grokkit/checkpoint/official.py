@@ -63,9 +63,11 @@ class Checkpoint:
         return path if path.is_file() else None
 
     def __iter__(self) -> Iterator[Entry]:
+        """Its tensors, in the order of the official files."""
         return iter(self.entries)
 
     def __len__(self) -> int:
+        """How many tensors there are."""
         return len(self.entries)
 
     def __getitem__(self, name: str) -> Entry:

@@ -166,7 +166,7 @@ def attribution_terms(
     places = np.arange(len(rows))[::-1]
     values = np.array([value for _, value, _ in rows])
     bars = axes.barh(places, values, color=[colour for *_, colour in rows])
-    axes.bar_label(bars, [f"{value:+.2f}" for value in values], padding=3, fontsize=8)
+    axes.bar_label(bars, [f"{value:+z.2f}" for value in values], padding=3, fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axhline(0.5, color=_OTHER, linewidth=0.8, linestyle=":")
     axes.set_yticks(places, [name for name, *_ in rows], fontsize=9)

@@ -54,7 +54,7 @@ views.lens = (context) => {
         make("code", {}, named(tokens[i])), ", the lens reads"),
       tokenBars(top[d][i].map((id, rank) => [id, names[id], probs[d][i][rank]])),
       make("p", { class: "gk-note" },
-        `${kl[d][i].toFixed(2)} nats from what the model says in the end`));
+        `${Math.max(0, kl[d][i]).toFixed(2)} nats from what the model says in the end`));
   }
 
   function drawChart() {

@@ -21,7 +21,7 @@ views.patching = (context) => {
     const rounded = Math.round(100 * share(value));
     return `${rounded < 0 ? "−" : ""}${Math.abs(rounded)}`;
   };
-  const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+  const signed = (value) => `${Math.round(1000 * value) < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
   const share = (value) => (value - context.data.corrupted) /
     (context.data.clean - context.data.corrupted);
 

@@ -91,8 +91,8 @@ def _copying(
         + ".",
         (
             f"Over all heads, the induction score and the harm of silencing that head alone "
-            f"correlate at {correlation:+.2f}; silencing L{worst[0]}H{worst[1]} alone harms most, by "
-            f"{harm[worst]:+.3f} nats a token."
+            f"correlate at {correlation:+z.2f}; silencing L{worst[0]}H{worst[1]} alone harms most, by "
+            f"{harm[worst]:+z.3f} nats a token."
         ),
     ]
     return {"heads": tables_of.heads_table(scores, harm), "knockout": table}, sentences
@@ -130,7 +130,7 @@ def _sums(lm: LanguageModel, n_sums: int, progress: bool) -> tuple[dict[str, str
         ),
         (
             f"Attribution patching agrees with patching at a correlation of "
-            f"{np.corrcoef(exact, guess)[0, 1]:+.2f} over all heads and experts of the questions."
+            f"{np.corrcoef(exact, guess)[0, 1]:+z.2f} over all heads and experts of the questions."
         ),
     ]
     return tables, sentences

@@ -141,7 +141,7 @@ def heads_table(
             f"L{a}H{b}",
             *(f"{s[a, b]:.3f}" for s in (scores.induction, scores.previous)),
             *(f"{s[a, b]:.3f}" for s in (scores.duplicate, scores.first)),
-            f"{harm[a, b]:+.3f}",
+            f"{harm[a, b]:+z.3f}",
         ]
         for a, b in shown
     ]
@@ -286,15 +286,15 @@ def question_table(solved: Solved, n: int = 10) -> str:
     rows = [
         [
             name,
-            f"{recovered[name]:+.2f}",
-            f"{estimated[name]:+.2f}",
-            f"{solved.terms[name]:+.2f}",
-            f"{solved.terms_corrupted[name]:+.2f}",
+            f"{recovered[name]:+z.2f}",
+            f"{estimated[name]:+z.2f}",
+            f"{solved.terms[name]:+z.2f}",
+            f"{solved.terms_corrupted[name]:+z.2f}",
         ]
         for name in order
     ]
     totals = (solved.terms, solved.terms_corrupted)
-    rows.append(["all terms", "", "", *(f"{sum(t.values()):+.2f}" for t in totals)])
+    rows.append(["all terms", "", "", *(f"{sum(t.values()):+z.2f}" for t in totals)])
     return markdown(
         ["component", "patched", "estimated", "writes (clean)", "writes (corrupted)"], rows
     )
@@ -309,7 +309,7 @@ def stream_table(lm: LanguageModel, question: Question, progress: bool = True) -
     pair = zip(*(lm.to_str_tokens(t) for t in (question.clean, question.corrupted)), strict=True)
     shown = [f"`{a.strip() or '_'}`" if a == b else f"`{a}`/`{b}`" for a, b in pair]
     rows = [
-        [f"before layer {layer}", *(f"{x:.2f}" for x in row)]
+        [f"before layer {layer}", *(f"{x:z.2f}" for x in row)]
         for layer, row in enumerate(sweep.recovered)
     ]
     return markdown(["stream", *shown], rows)

@@ -75,8 +75,8 @@ def _summary(
     )
     removal = (
         f"The largest harm of removing one expert of one layer, where the next best takes its "
-        f"place, is {harm.max():+.3f} nats a token: to {data.names[domain]}, of expert {expert} "
-        f"in layer {layer}. The median over all cells is {np.median(harm):+.4f}; "
+        f"place, is {harm.max():+z.3f} nats a token: to {data.names[domain]}, of expert {expert} "
+        f"in layer {layer}. The median over all cells is {np.median(harm):+z.4f}; "
         f"{(harm < 0).mean():.0%} of the cells are below zero."
     )
     use = (
@@ -87,7 +87,7 @@ def _summary(
     choice = (
         f"The router's probabilities rank the losses of the possible pairs (95 % interval above "
         f"zero) in {count(ranked.interval()[0] > 0)}. The mean rank correlation lies between "
-        f"{ranked.observed.min():+.3f} and {ranked.observed.max():+.3f}; a router that ranked "
+        f"{ranked.observed.min():+z.3f} and {ranked.observed.max():+z.3f}; a router that ranked "
         f"them perfectly would have 1, one that knew nothing 0."
     )
     sentences = [domains, repetition, removal, use, choice]

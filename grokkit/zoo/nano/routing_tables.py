@@ -261,7 +261,7 @@ def _grid(data: Data, values: np.ndarray, marked: np.ndarray, digits: int) -> st
     for layer in range(values.shape[0]):
         for d, name in enumerate(data.names):
             cells = [
-                f"**{v:.{digits}f}**" if m else f"{v:.{digits}f}"
+                f"**{v:z.{digits}f}**" if m else f"{v:z.{digits}f}"
                 for v, m in zip(values[layer, :, d], marked[layer, :, d], strict=True)
             ]
             rows.append([str(layer) if d == 0 else "", name, *cells])
@@ -385,10 +385,10 @@ def similarity_table(data: Data) -> str:
         null = similarity.similarity_null(similarity.neuron_similarity, gate, data.rng, 5)
         neurons = similarity.neuron_similarity(gate)
         rank = spearman(similarity.off_diagonal(gates), similarity.off_diagonal(neurons))
-        columns[0].append(f"{similarity.off_diagonal(gates).mean():+.3f}")
+        columns[0].append(f"{similarity.off_diagonal(gates).mean():+z.3f}")
         columns[1].append(f"{null.observed:.3f}")
         columns[2].append(f"{null.samples.min():.3f} to {null.samples.max():.3f}")
-        columns[3].append(f"{rank:+.2f}")
+        columns[3].append(f"{rank:+z.2f}")
     head = ["gate rows: mean cosine", "neurons: mean matched cosine",
             "inputs shuffled (5 draws)", "gate rows and neurons, over pairs (Spearman)"]  # fmt: skip
     return _by_layer(head, columns)
