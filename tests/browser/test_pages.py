@@ -135,6 +135,10 @@ def test_a_notebook_opens_without_an_error(lab, chromium, path, shoot):
     assert (
         watched.page.locator('[data-mime-type$="stderr"], [data-mime-type$=".error"]').count() == 0
     )
+    # A notebook from elsewhere is not trusted, and its outputs' scripts do not run.
+    blank = """all => all.filter(e => !e.innerText.trim() && !e.querySelector("img"))
+        .map(e => e.outerHTML.slice(0, 300))"""
+    assert watched.page.locator(".jp-OutputArea-output").evaluate_all(blank) == []
     shoot(watched.page, f"notebook-{path.stem}")
     watched.check()
     context.close()
