@@ -153,8 +153,8 @@ CASES = {
          "expert_weights": lambda i, v, _: _renormalised(v)},
     ),
     "require one": (
-        [RequireExperts(6, layers=[2, 7])],
-        {"expert_indices": lambda i, v, _: _require(v, [6]) if i in (2, 7) else v},
+        [RequireExperts(6, layers=[3, 8])],  # with which no choice of experts is a near tie
+        {"expert_indices": lambda i, v, _: _require(v, [6]) if i in (3, 8) else v},
     ),
     "require one of those that are not forbidden": (
         [ForbidExperts([0, 3, 4]), RequireExperts([5], gates="renormalise")],
