@@ -21,6 +21,7 @@ from grokkit.loading import load
 from grokkit.planning import plan
 from grokkit.processes import to_host
 from grokkit.sharding import make_mesh, virtual_devices
+from grokkit.stored_captures import open_captures
 from grokkit.taps import SITES, Capture
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "download",
     "load",
     "make_mesh",
+    "open_captures",
     "plan",
     "to_host",
     "virtual_devices",

@@ -25,11 +25,54 @@ _HOOKS = {
 }
 
 
+class Layers:
+    """An activation of several layers that lie apart, on disk: [layer, ...], read when asked for."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        """Put together `parts`, mapped into memory: one a layer, all of one shape and dtype."""
+        self.parts = list(parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As an array has it."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As an array has it."""
+        return self.parts[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """As an array has it."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of an index of the first axis alone the layers, unread; otherwise what it selects."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, int | np.integer):
+            return self.parts[first][tuple(rest)] if rest else self.parts[first]
+        layers = Layers([self.parts[i] for i in np.arange(len(self.parts))[first].tolist()])
+        if not rest:
+            return layers
+        return np.stack([part[tuple(rest)] for part in layers.parts])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it, in memory."""
+        if copy is False:
+            raise ValueError("layers that lie apart are one array only once they are copied")
+        return np.stack(self.parts).astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+def _in_memory(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, Layers) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """One capture's result, and what its axes are."""
 
-    value: PyTree[Array | np.ndarray]
+    value: PyTree[Array | np.ndarray | Layers]
     site: str
     axes: tuple[str, ...] | None
     """Names of the axes; `None` after a reduction, whose axes only its author knows."""
@@ -46,8 +89,16 @@ class Activation:
         return dataclasses.replace(self, value=jax.tree.map(f, self.value), **changes)
 
 
-def activation(capture: Capture, value: PyTree[Array | np.ndarray], n_layers: int) -> Activation:
+def activation(capture: Capture, value: Any, n_layers: int) -> Activation:
     """Name the axes of what a resolved capture kept."""
+    axes, layers = described(capture, n_layers)
+    return Activation(value, capture.site, axes, layers)
+
+
+def described(
+    capture: Capture, n_layers: int
+) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """Axes and layers of what a resolved capture keeps, as `Activation` has them."""
     found = SITES[capture.site]
     layers = None
     if found.in_layer:
@@ -59,7 +110,7 @@ def activation(capture: Capture, value: PyTree[Array | np.ndarray], n_layers: in
             a for a in found.axes if not (isinstance(capture.positions, int) and a == dropped)
         )
         axes = ("layer", *kept) if found.in_layer else kept
-    return Activation(value, capture.site, axes, layers)
+    return axes, layers
 
 
 class ActivationCache:
@@ -89,7 +140,7 @@ class ActivationCache:
             )
         entry = self.entries[name]
         if layer is None:
-            return entry.value
+            return _in_memory(entry.value)
         if entry.layers is None:
             raise SiteError(f"{name!r} is not in a layer; ask for cache[{name!r}]")
         total = max(entry.layers) + 1
@@ -117,7 +168,7 @@ class ActivationCache:
 
     def items(self) -> list[tuple[str, Any]]:
         """Names and arrays."""
-        return [(name, entry.value) for name, entry in self.entries.items()]
+        return [(name, _in_memory(entry.value)) for name, entry in self.entries.items()]
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +206,9 @@ class ActivationCache:
         What lies on several processes is gathered: all of them must call this, and each gets
         everything.
         """
-        return ActivationCache({k: e.map(to_host) for k, e in self.entries.items()})
+        return ActivationCache(
+            {k: e.map(lambda a: to_host(_in_memory(a))) for k, e in self.entries.items()}
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, with sites, axes and layers in its metadata.
@@ -233,7 +286,7 @@ class ActivationCache:
         )
 
 
-def _shapes(value: PyTree[Array | np.ndarray]) -> str:
+def _shapes(value: PyTree[Array | np.ndarray | Layers]) -> str:
     return ", ".join(" x ".join(map(str, a.shape)) or "scalar" for a in jax.tree.leaves(value))
 
 

@@ -25,5 +25,9 @@ class SiteError(GrokkitError):
     """A capture or edit that names a site, layer, head, expert or shape that does not exist."""
 
 
+class CaptureError(GrokkitError):
+    """Captures on disk that are incomplete, damaged, or of another request."""
+
+
 class ProcessError(GrokkitError):
     """Processes that should work together and do not fit, or do not find each other."""

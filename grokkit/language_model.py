@@ -1,7 +1,9 @@
 """What a user holds: a model, its tokenizer and the mesh it lies on."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grokkit import scoring
+from grokkit import capturing, scoring
 from grokkit.activation_cache import ActivationCache
 from grokkit.compiled import compiled
 from grokkit.config import GrokConfig
@@ -31,6 +33,7 @@ from grokkit.model import Grok, Output
 from grokkit.sampling import Allowed, Sampling
 from grokkit.scoring import Score
 from grokkit.sharding import abstract, release
+from grokkit.stored_captures import StoredCaptures
 from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
@@ -182,6 +185,44 @@ class LanguageModel:
         wanted = as_captures(captures, self.config, ids.shape[1])
         out = self._run(ids, lengths, wanted, edits)
         return out.logits, as_cache(wanted, out.captured, self.config)
+
+    def capture_to(
+        self,
+        directory: str | os.PathLike[str],
+        tokens: Tokens,
+        captures: Captures = None,
+        edits: Sequence[Edit] = (),
+        rows: int | None = None,
+        progress: bool = True,
+    ) -> StoredCaptures:
+        """As `run_with_cache`, written to disk layer by layer, so that little is ever in memory.
+
+        All prompts share one pass over the layers. If it is cut off, the same call goes on at the
+        layer where it stopped and gives the same files; once all is there it only opens them.
+
+        **Arguments:**
+
+        - `directory`: a new or empty one, or one that the same call began to fill.
+        - `tokens`, `captures`, `edits`: as for `run_with_cache`. Name `"logits"` among the captures
+            to keep those.
+        - `rows`: prompts that go through a layer at once; by default as many as have 1,024 tokens
+            together. Reductions see so many. With edits it is all of them.
+        - `progress`: show a progress bar, in prompts of a layer.
+
+        **Returns:** a `StoredCaptures`: an `ActivationCache` that reads from the files what is asked
+        for. `grokkit.open_captures(directory)` opens it again.
+
+        **Raises:** `CaptureError` if the directory holds something else, or the captures of another
+        request; or if the disk is too full. `SiteError` and `PromptError` as `run_with_cache`;
+        `ProcessError` on several processes.
+        """
+        ids, lengths = self.prepare(tokens)
+        wanted = as_captures(captures, self.config, ids.shape[1])
+        resolved = self._resolve(edits, lengths.tolist())
+        path = Path(directory).expanduser().absolute()
+        return capturing.capture_to(
+            self.runnable, self.mesh, path, ids, lengths, wanted, resolved, rows, progress
+        )
 
     def bill(self, tokens: Tokens, captures: Captures = None) -> Bill:
         """Bytes that `run_with_cache` would keep, from shapes alone; nothing runs.

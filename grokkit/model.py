@@ -189,6 +189,10 @@ class Grok(eqx.Module):
         """The parts before and after the layers."""
         return Ends(self.embedding, self.final_norm, self.config, self.dtype)
 
+    def block(self, layer: Int[Array, ""]) -> Block:
+        """One layer, its 8-bit matrices left where they lie in the stacks."""
+        return jax.tree.map(lambda w: index(w, layer), self.blocks, is_leaf=_is_quantised)
+
     def __call__(
         self,
         tokens: Int[Array, "batch position"],
@@ -284,8 +288,7 @@ class Grok(eqx.Module):
         """The layers from one on, in a loop of as many turns as there are."""
 
         def run(layer: Array, x: Array) -> Array:
-            block = jax.tree.map(lambda w: index(w, layer), self.blocks, is_leaf=_is_quantised)
-            return run_block(block, x, rows, None, layer, self.dtype, (), edits)[0]
+            return run_block(self.block(layer), x, rows, None, layer, self.dtype, (), edits)[0]
 
         x = jax.reshard(resume.resid_pre, P("data", None, None))
         return jax.lax.fori_loop(resume.layer, self.config.n_layers, run, x)

@@ -59,6 +59,7 @@ class StreamedGrok:
         **Raises:** as `load_params`, before anything is allocated.
         """
         self.specs = specs
+        self.checkpoint = checkpoint
         plans: Any = plan_params(checkpoint, specs, mesh)
         self.reader = LayerReader(plans.blocks)
         self.name = checkpoint.directory.name
@@ -92,7 +93,7 @@ class StreamedGrok:
         layer in parts, so that memory does not grow with their length.
         """
         tokens = jnp.asarray(tokens)
-        x, rows, captured = _enter(self.ends, tokens, cache, lengths, captures, edits)
+        x, rows, captured = enter(self.ends, tokens, cache, lengths, captures, edits)
         first = 0
         if resume is not None:
             assert cache is None and not captures, "resume goes with neither cache nor captures"
@@ -107,7 +108,7 @@ class StreamedGrok:
                 for i, (part, its_rows) in enumerate(parts):
                     if cache is not None:
                         cache = dataclasses.replace(cache, is_new=is_new and i == 0)
-                    part, cache, kept = _run_layer(
+                    part, cache, kept = run_layer(
                         block, part, its_rows, cache, jnp.int32(layer), self.dtype, wanted, edits
                     )
                     parts[i] = part, its_rows
@@ -119,7 +120,7 @@ class StreamedGrok:
                 layer += 1
                 bar.update()
         x = parts[0][0] if len(parts) == 1 else jnp.concatenate([part for part, _ in parts], 1)
-        logits, last = _leave(self.ends, x, rows, last_only, captures, edits)
+        logits, last = leave(self.ends, x, rows, last_only, captures, edits)
         within = {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
         return Output(logits, with_tokens(cache, rows), within | captured | last)
 
@@ -132,7 +133,7 @@ class StreamedGrok:
 
 
 @functools.partial(jax.jit, static_argnames=("captures",))
-def _enter(
+def enter(
     ends: Ends,
     tokens: Array,
     cache: KVCache | None,
@@ -140,11 +141,12 @@ def _enter(
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
 ) -> tuple[Array, Rows, dict[str, Any]]:
+    """`Ends.enter`, compiled."""
     return ends.enter(tokens, cache, lengths, captures, edits)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "captures"), donate_argnames=("x", "cache"))
-def _run_layer(
+def run_layer(
     block: Block,
     x: Array,
     rows: Rows,
@@ -154,11 +156,12 @@ def _run_layer(
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
 ) -> tuple[Array, KVCache | None, dict[str, Any]]:
+    """`run_block`, compiled; stream and cache are used up."""
     return run_block(block, x, rows, cache, layer, dtype, captures, edits)
 
 
 @functools.partial(jax.jit, static_argnames=("last_only", "captures"))
-def _leave(
+def leave(
     ends: Ends,
     x: Array,
     rows: Rows,
@@ -166,6 +169,7 @@ def _leave(
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
 ) -> tuple[Array, dict[str, Any]]:
+    """`Ends.leave`, compiled."""
     return ends.leave(x, rows, last_only, captures, edits)
 
 

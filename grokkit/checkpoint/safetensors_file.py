@@ -26,7 +26,15 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
 }
 """The format's names of the dtypes that a Grok-1 may be stored in."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DATA_TYPES = DTYPES | {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": "?", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8",
+        "U64": "<u8", "F64": "<f8",
+    }.items()
+}  # fmt: skip
+"""The format's names of all dtypes that grokkit writes."""
+_NAMES = {dtype: name for name, dtype in DATA_TYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _LARGEST_AXIS = (1 << 31) - 1
 _ALIGNMENT = 64  # bytes: where the data begins, so that mapped arrays are aligned

@@ -55,7 +55,14 @@ class LayerReader:
             return plan.nbytes / _timed(lambda: read_leaf(plan, new_parts(plan)))[1]
         return self._bytes_read / self._seconds
 
-    def layers(self, start: int = 0) -> Generator[PyTree]:
+    def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and layouts of one layer."""
+        found = [
+            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in self._plans[0]
+        ]
+        return jax.tree.unflatten(self._treedef, found)
+
+    def layers(self, start: int = 0, stop: int | None = None) -> Generator[PyTree]:
         """One layer after the other; while one is used, the next is read.
 
         Let go of each, and see that nothing computed from it is still under way, before asking
@@ -64,12 +71,14 @@ class LayerReader:
         **Arguments:**
 
         - `start`: the first layer.
+        - `stop`: the layer to stop before; by default all are given.
         """
+        stop = self.n_layers if stop is None else stop
         with self._one_pass, ThreadPoolExecutor(1, "reading-layers") as pool:
-            pending = [pool.submit(self._read, start)] if start < self.n_layers else []
-            for layer in range(start, self.n_layers):
+            pending = [pool.submit(self._read, start)] if start < stop else []
+            for layer in range(start, stop):
                 ready = [pending.pop().result()]
-                if layer + 1 < self.n_layers:
+                if layer + 1 < stop:
                     pending.append(pool.submit(self._read, layer + 1))
                 # Nothing here may hold on to the layer while the next is read.
                 yield jax.tree.unflatten(self._treedef, ready.pop())
