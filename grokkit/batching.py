@@ -171,7 +171,8 @@ class ContinuousBatch:
         - `pad_sizes`: the lengths that prompts are padded to, of which each is compiled once; a
             longer prompt than the largest is refused. By default powers of two.
         - `block`: tokens drawn between two looks at the results. Requests join, leave and are
-            streamed in such steps; fewer cost more time on the host.
+            streamed in such steps; fewer cost more time on the host. It is 1 where layers are
+            streamed from disk: there each token costs a pass.
 
         **Raises:** `PromptError` for numbers that cannot be honoured.
         """
@@ -199,7 +200,8 @@ class ContinuousBatch:
         self.slots = slots
         self.capacity = capacity
         self.pad_sizes = sizes
-        self.block = block
+        self._streamed = lm.runnable.is_streamed
+        self.block = 1 if self._streamed else block
         self._waiting: deque[Generation] = deque()
         self._in_slot: list[Generation | None] = [None] * slots
         self._unread: deque[_Round] = deque()
@@ -274,8 +276,9 @@ class ContinuousBatch:
             self._admit()
             if self._n_running:
                 self._decode()
-            # One round stays under way on the device while the host reads the one before.
-            while len(self._unread) > (1 if self._n_running else 0):
+            # One round stays under way on the device while the host reads the one before; not of a
+            # streamed model, where it may be a pass that nobody wants any more.
+            while len(self._unread) > (1 if self._n_running and not self._streamed else 0):
                 self._hand_out(self._unread.popleft())
         except BaseException:
             self._abandon()
@@ -324,7 +327,9 @@ class ContinuousBatch:
 
     def _row_counts(self, size: int) -> list[int]:
         """How many prompts of a padded length may be run at once on each part of the mesh."""
-        most = min(self._slots_a_part, max(1, PREFILL_PART // size))
+        most = self._slots_a_part
+        if not self._streamed:
+            most = min(most, max(1, PREFILL_PART // size))
         return [*(n for n in (1, 4, 16, 64, 256) if n < most), most]
 
     @property
@@ -332,13 +337,17 @@ class ContinuousBatch:
         return self.slots // self.lm.mesh.shape["data"]
 
     def _admit(self) -> None:
-        """Run the prompts of waiting requests, as many as slots are free, those alike together."""
+        """Run the prompts of waiting requests, as many as slots are free, those alike together.
+
+        Of a streamed model all share a pass, padded to the longest.
+        """
         while True:
             free = self._in_slot.count(None)
             candidates = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
             if not candidates:
                 return
-            size = self._padded(len(candidates[0].prompt))
+            sizes = [self._padded(len(g.prompt)) for g in candidates]
+            size = max(sizes) if self._streamed else sizes[0]
             most = self._row_counts(size)[-1]
             # Slots lie over the parts of the mesh in equal runs; a prompt runs where its slot is.
             per = self._slots_a_part
@@ -347,9 +356,9 @@ class ContinuousBatch:
                 for part in range(0, self.slots, per)
             ]
             joining: list[list[tuple[int, Generation]]] = [[] for _ in free_slots]
-            for generation in candidates:
+            for padded, generation in zip(sizes, candidates, strict=True):
                 part = max(range(len(free_slots)), key=lambda p: len(free_slots[p]))
-                if self._padded(len(generation.prompt)) != size:
+                if padded != size and not self._streamed:
                     continue
                 if len(joining[part]) == most or not free_slots[part]:
                     break
@@ -371,9 +380,9 @@ class ContinuousBatch:
         settings = stack([None if g is None else g._rows for g in owners], config.vocab_size)
         with jax.set_mesh(lm.mesh):
             on_rows = jax.tree.map(lambda a: jax.device_put(a, _ROWS), settings)
-            cache = KVCache.empty(config, len(rows), size, lm.model.dtype, lm.mesh)
+            cache = KVCache.empty(config, len(rows), size, lm.runnable.dtype, lm.mesh)
             new, draw, _ = prefill_in_parts(
-                lm.model,
+                lm.runnable,
                 pad_right(prompts, size, config.pad_token),
                 np.array([len(p) for p in prompts], np.int32),
                 cache,
@@ -392,7 +401,7 @@ class ContinuousBatch:
         lm = self.lm
         if self._state is None:
             cache = KVCache.empty(
-                lm.config, self.slots, self.capacity, lm.model.dtype, lm.mesh
+                lm.config, self.slots, self.capacity, lm.runnable.dtype, lm.mesh
             )  # fmt: skip
             # The first to join and those after them go through the same program.
             cache = dataclasses.replace(cache, is_new=False)
@@ -417,7 +426,7 @@ class ContinuousBatch:
             settings, active = self._settings
             if settings.constraints is None:
                 state = state._replace(seen=None)
-            self._state, draws, _ = decode(lm.model, state, settings, self.block, active=active)
+            self._state, draws, _ = decode(lm.runnable, state, settings, self.block, active=active)
         self._ask_for(draws, list(self._in_slot), self.block)
 
     def _ask_for(self, draws: Draw, owners: list[Generation | None], n: int) -> None:

@@ -286,7 +286,7 @@ class LanguageModel:
     ) -> Score | list[Score]:
         """How probable the model holds a given continuation, token by token; see `scoring.score`."""
         return scoring.score(
-            self.model, self.mesh, lambda text: self.tokenizer.encode(text), prompt, continuation
+            self.runnable, self.mesh, lambda text: self.tokenizer.encode(text), prompt, continuation
         )
 
     def perplexity(
@@ -298,7 +298,7 @@ class LanguageModel:
     ) -> float:
         """Perplexity of a text of any length, by a sliding window; see `scoring.perplexity`."""
         ids = self.tokenizer.encode(text) if isinstance(text, str) else [*map(int, text)]
-        return scoring.perplexity(self.model, self.mesh, ids, window, stride, progress)
+        return scoring.perplexity(self.runnable, self.mesh, ids, window, stride, progress)
 
     # Generating
 

@@ -222,7 +222,7 @@ class Grok(eqx.Module):
         **Raises:** `PromptError` if the cache is known to have no room for `tokens`.
         """
         if cache is not None:
-            _check_room(cache, tokens.shape[1])
+            check_room(cache, tokens.shape[1])
         x, rows, before = self.ends.enter(tokens, cache, lengths, captures, edits)
         if resume is None:
             x, cache, within = self._run_blocks(x, rows, cache, captures, edits)
@@ -325,8 +325,11 @@ def _store(
     return jax.tree.map(store, buffer, value)
 
 
-def _check_room(cache: KVCache, n: int) -> None:
-    """Refuse tokens that would be written over others: writing beyond the end moves back."""
+def check_room(cache: KVCache, n: int) -> None:
+    """Refuse tokens that would be written over others: writing beyond the end moves back.
+
+    **Raises:** `PromptError` if the cache is known to have no room for `n` more.
+    """
     known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
     held = int(cache.length.max()) if known else 0
     if held + n > cache.capacity:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,17 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
+from grokkit.config import GrokConfig
 from grokkit.errors import PromptError
 from grokkit.generate import PREFILL_PART, check_prompt, pad_right, padded_length
 from grokkit.kv_cache import KVCache
-from grokkit.model import Grok
+from grokkit.model import Ends, Grok, Rows
 from grokkit.processes import to_host
+from grokkit.streamed_model import StreamedGrok
 
 Text = str | Sequence[str]
+
+_STREAMS = 1 << 30  # bytes of stream that may wait while a streamed model's layer is used
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +50,7 @@ class Score:
 
 
 def score(
-    model: Grok,
+    model: Grok | StreamedGrok,
     mesh: Mesh,
     encode: Callable[[str], list[int]],
     prompt: Text | Sequence[int],
@@ -126,7 +130,7 @@ def _joined(
 
 
 def perplexity(
-    model: Grok,
+    model: Grok | StreamedGrok,
     mesh: Mesh,
     ids: Sequence[int],
     window: int | None = None,
@@ -171,6 +175,7 @@ def perplexity(
         total=len(ids) - 1, unit="token", desc="perplexity", disable=not progress or len(rows) < 2
     ) as bar:
         at_once = mesh.shape["data"] * max(1, PREFILL_PART // window)
+        at_once *= _groups_a_pass(model, at_once * window)
         for i in range(0, len(rows), at_once):
             for start, found in zip(
                 starts[i:], token_logprobs(model, mesh, rows[i : i + at_once]), strict=False
@@ -183,39 +188,89 @@ def perplexity(
 
 
 def token_logprobs(
-    model: Grok, mesh: Mesh, rows: Sequence[Sequence[int]]
+    model: Grok | StreamedGrok, mesh: Mesh, rows: Sequence[Sequence[int]]
 ) -> list[Float[np.ndarray, " position"]]:
     """Log-probability of every token but the first of each row, given those before it.
 
-    Rows may differ in length; they are run a few at a time, and long ones in parts.
+    Rows may differ in length; they are run a few at a time, and long ones in parts. Of a streamed
+    model all share a pass, as far as memory allows.
     """
-    parts, found = mesh.shape["data"], []
+    parts = mesh.shape["data"]
     size = padded_length(max(map(len, rows)), model.config.context_length)
     at_once = parts * min(max(1, PREFILL_PART // size), 1 << (len(rows) - 1).bit_length())
+    groups = []
     for i in range(0, len(rows), at_once):
-        some = [*rows[i : i + at_once]]
-        filled = some + [[]] * (at_once - len(some))
-        values = _run(model, mesh, filled, size)
-        found += [v[: len(row) - 1] for v, row in zip(values, some, strict=False)]
-    return found
-
-
-def _run(
-    model: Grok, mesh: Mesh, rows: Sequence[Sequence[int]], size: int
-) -> Float[np.ndarray, "batch position"]:
-    tokens = pad_right(rows, size, model.config.pad_token)
-    targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    lengths = np.array([len(row) for row in rows], np.int32)
-    part, pieces = min(PREFILL_PART, size), []
+        some = rows[i : i + at_once]
+        groups.append(_Group.of([*some, *[[]] * (at_once - len(some))], size, model.config))
+    run: Any = _run_streamed if isinstance(model, StreamedGrok) else _run
+    together, values = _groups_a_pass(model, at_once * size), []
     with jax.set_mesh(mesh):
-        cache = KVCache.empty(model.config, len(rows), size, model.dtype, mesh)
+        for i in range(0, len(groups), together):
+            for pieces in run(model, mesh, groups[i : i + together]):
+                values += [*np.concatenate(pieces, axis=1)]
+    return [v[: len(row) - 1] for v, row in zip(values, rows, strict=False)]
+
+
+def _groups_a_pass(model: Grok | StreamedGrok, n_tokens: int) -> int:
+    """How many groups of so many tokens a pass takes."""
+    if not model.is_streamed:
+        return 1
+    return max(1, _STREAMS // (4 * model.config.d_model * n_tokens))
+
+
+class _Group(NamedTuple):
+    """Rows that run at once."""
+
+    tokens: Int[np.ndarray, "batch position"]
+    targets: Int[np.ndarray, "batch position"]
+    lengths: Int[np.ndarray, " batch"]
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]], size: int, config: GrokConfig) -> "_Group":
+        tokens = pad_right(rows, size, config.pad_token)
+        targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        return _Group(tokens, targets, np.array([len(row) for row in rows], np.int32))
+
+
+def _run(model: Grok, mesh: Mesh, groups: Sequence[_Group]) -> list[list[np.ndarray]]:
+    """Log-probabilities of each group's targets, in parts of some positions."""
+    found = []
+    for tokens, targets, lengths in groups:
+        size, pieces = tokens.shape[1], []
+        part = min(PREFILL_PART, size)
+        cache = KVCache.empty(model.config, len(tokens), size, model.dtype, mesh)
         for start in range(0, size, part):
             counts = np.clip(lengths - start, 0, part).astype(np.int32)
             arrays = (tokens[:, start : start + part], targets[:, start : start + part], counts)
             on_rows = (jax.device_put(a, P("data")) for a in arrays)
             cache, logprobs = _part(model, cache, *on_rows)
             pieces.append(logprobs)
-    return np.concatenate(to_host(pieces), axis=1)
+        found.append(to_host(pieces))
+    return found
+
+
+def _run_streamed(
+    model: StreamedGrok, mesh: Mesh, groups: Sequence[_Group]
+) -> list[list[np.ndarray]]:
+    """As `_run`, in one pass."""
+    on_rows = [jax.device_put(tuple(group), P("data")) for group in groups]
+    streams = model.streams([(tokens, lengths) for tokens, _, lengths in on_rows])
+    found = []
+    for (_, targets, _), parts in zip(on_rows, streams, strict=True):
+        pieces, start = [], 0
+        for x, rows in parts:
+            of = targets[:, start : start + x.shape[1]]
+            pieces.append(to_host(_last(model.ends, x, rows, of)))
+            start += x.shape[1]
+        found.append(pieces)
+    return found
+
+
+@jax.jit
+def _last(
+    ends: Ends, x: Array, rows: Rows, targets: Int[Array, "batch position"]
+) -> Float[Array, "batch position"]:
+    return _logprobs(ends.leave(x, rows, False, (), ())[0], targets)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -229,7 +284,13 @@ def _part(
     """Feed `tokens`; the log-probability of each target in its token's place."""
     out = model(tokens, cache=cache, lengths=counts)
     assert out.cache is not None
-    layout = jax.typeof(out.logits).sharding.spec
+    return out.cache, _logprobs(out.logits, targets)
+
+
+def _logprobs(
+    logits: Float[Array, "batch position vocab"], targets: Int[Array, "batch position"]
+) -> Float[Array, "batch position"]:
+    layout = jax.typeof(logits).sharding.spec
     is_cut = layout[2] == "model"
 
     def local(logits: Array, targets: Array) -> Array:
@@ -244,7 +305,4 @@ def _part(
             chosen, total = jax.lax.psum((chosen, total), "model")
         return chosen - largest - jnp.log(total)
 
-    logprobs = jax.shard_map(local, in_specs=(layout, P("data")), out_specs=P("data"))(
-        out.logits, targets
-    )
-    return out.cache, logprobs
+    return jax.shard_map(local, in_specs=(layout, P("data")), out_specs=P("data"))(logits, targets)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from grokkit.model import (
     Output,
     Resume,
     Rows,
+    check_room,
     run_block,
     with_tokens,
 )
@@ -60,6 +62,7 @@ class StreamedGrok:
         """
         self.specs = specs
         self.checkpoint = checkpoint
+        self.mesh = mesh
         plans: Any = plan_params(checkpoint, specs, mesh)
         self.reader = LayerReader(plans.blocks)
         self.name = checkpoint.directory.name
@@ -91,8 +94,12 @@ class StreamedGrok:
 
         All rows of the batch share the pass. Long prompts that go into a cache go through each
         layer in parts, so that memory does not grow with their length.
+
+        **Raises:** `PromptError` if the cache has no room for `tokens`.
         """
         tokens = jnp.asarray(tokens)
+        if cache is not None:
+            check_room(cache, tokens.shape[1])
         x, rows, captured = enter(self.ends, tokens, cache, lengths, captures, edits)
         first = 0
         if resume is not None:
@@ -123,6 +130,43 @@ class StreamedGrok:
         logits, last = leave(self.ends, x, rows, last_only, captures, edits)
         within = {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
         return Output(logits, with_tokens(cache, rows), within | captured | last)
+
+    def streams(self, groups: Sequence[tuple[Array, Array]]) -> list[list[tuple[Array, Rows]]]:
+        """The stream after the last layer, of groups of rows that share one pass.
+
+        **Arguments:**
+
+        - `groups`: tokens of each [batch, position], and how many of each row are real [batch]. One
+            after the other goes through a layer, with keys and values of that layer alone.
+
+        **Returns:** for each group its stream [batch, position, d_model] and what `Ends.leave` needs
+        besides, in parts of some positions each.
+        """
+        one_layer = dataclasses.replace(self.config, n_layers=1)
+
+        def empty(shape: tuple[int, ...]) -> KVCache:
+            return KVCache.empty(one_layer, shape[0], shape[1], self.dtype, self.mesh)
+
+        entered = []
+        for tokens, lengths in groups:
+            x, rows, _ = enter(self.ends, tokens, empty(tokens.shape), lengths, (), ())
+            entered.append(_cut(x, rows, whole=False))
+            del x
+        with closing(self.reader.layers()) as blocks, self._bar(0) as bar:
+            for block in blocks:
+                for (tokens, _), parts in zip(groups, entered, strict=True):
+                    cache = empty(tokens.shape)
+                    for i, (part, rows) in enumerate(parts):
+                        cache = dataclasses.replace(cache, is_new=i == 0)
+                        part, cache, _ = run_layer(
+                            block, part, rows, cache, jnp.int32(0), self.dtype, (), ()
+                        )
+                        parts[i] = part, rows
+                    # One group's activations at a time, and then the block may go.
+                    jax.block_until_ready(parts)
+                del block
+                bar.update()
+        return entered
 
     def _bar(self, first: int) -> Any:
         """Progress over the layers, shown if it takes long."""
