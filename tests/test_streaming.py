@@ -13,8 +13,9 @@ from helpers import relative_error
 
 import grokkit
 from grokkit import cli, scoring, streamed_model
-from grokkit.analysis.causal_routing import next_token_losses
-from grokkit.analysis.grids import Positions
+from grokkit.analysis.attribution import logit_attribution, router_attribution
+from grokkit.analysis.causal_routing import forced_choices, next_token_losses
+from grokkit.analysis.grids import Experts, Heads, Positions
 from grokkit.analysis.lens import logit_lens
 from grokkit.analysis.patching import attribution_patch, patch
 from grokkit.batching import ContinuousBatch
@@ -152,7 +153,7 @@ def counted(streamed, monkeypatch):
     """A list that grows by one with every pass."""
     passes, layers = [], streamed.runnable.reader.layers
     monkeypatch.setattr(
-        streamed.runnable.reader, "layers", lambda *a: passes.append(1) or layers(*a)
+        streamed.runnable.reader, "layers", lambda *a, **k: passes.append(1) or layers(*a, **k)
     )
     return passes
 
@@ -229,6 +230,12 @@ def test_analyses(streamed, resident, tokens):
     np.testing.assert_allclose(reading.kl, expected.kl, atol=1e-6)
     losses, expected = (next_token_losses(lm, tokens) for lm in (streamed, resident))
     assert relative_error(losses, expected) < CLOSE
+    some = np.arange(tokens.shape[1])[None] == 3
+    found, expected = (
+        forced_choices(lm, tokens[:1], layers=[2, -1], positions=some, rows=28, progress=False)
+        for lm in (streamed, resident)
+    )
+    assert relative_error(found.loss[:, 3], expected.loss[:, 3]) < 1e-5
 
 
 def metric(logits):
@@ -246,10 +253,39 @@ def test_a_patching_sweep(streamed, resident, tokens):
     assert relative_error(sweeps[0].values, sweeps[1].values) < 1e-5
 
 
-def test_what_needs_a_gradient_is_refused(streamed, tokens):
+@pytest.mark.parametrize("at", ["corrupted", "clean"])
+@pytest.mark.slow
+def test_attribution_patching(at, streamed, resident, tokens, monkeypatch):
+    """The gradient comes from a pass from the last layer to the first."""
+    passes = counted(streamed, monkeypatch)
     clean, corrupted = tokens[0, :6], tokens[1, :6]
+    for grid in (Positions("resid_pre"), Heads(), Experts()):
+        found, expected = (
+            attribution_patch(lm, clean, corrupted, metric, grid, at) for lm in (streamed, resident)
+        )
+        assert np.abs(expected.effect).max() > 1e-3
+        assert relative_error(found.effect, expected.effect) < 1e-4
+    assert len(passes) == 3 * 3  # of both prompts, and back
+
+
+@pytest.mark.slow
+def test_attribution(streamed, resident, tokens, monkeypatch):
+    """One pass; and of each layer no more than is needed besides."""
+    passes = counted(streamed, monkeypatch)
+    for attribute in (
+        lambda lm: logit_attribution(lm, tokens, 7, against=9),
+        lambda lm: router_attribution(lm, tokens, 5),
+    ):
+        found, expected = (attribute(lm) for lm in (streamed, resident))
+        assert relative_error(found.sum(), expected.sum()) < 1e-5
+        for field in ("embed", "heads", "experts", "total"):
+            assert relative_error(getattr(found, field), getattr(expected, field)) < 1e-5, field
+    assert len(passes) == 2
+
+
+def test_what_needs_all_layers_is_refused(streamed):
     with pytest.raises(GrokkitError, match=r"all layers in memory .* without stream=True"):
-        attribution_patch(streamed, clean, corrupted, metric, Positions("resid_pre"))
+        _ = streamed.model
 
 
 def test_bill_is_that_of_the_model_in_memory(streamed, resident, tokens):

@@ -14,7 +14,8 @@ A term is what a part writes directly. What it does through later layers is not 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -23,15 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from grokkit.activation_cache import ActivationCache
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.layers.rms_norm import RMSNorm
-from grokkit.model import Grok
+from grokkit.model import Ends
 from grokkit.numerics import einsum32
 from grokkit.quant import QuantizedArray, dequantize
+from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture
 
 _WRITTEN = (
@@ -108,7 +110,6 @@ def logit_attribution(
 
     **Raises:** `PromptError` for ids that do not exist, `SiteError` for such positions.
     """
-    model = lm.model  # refused before anything runs if it is streamed
     _, lengths = lm.prepare(tokens)
     places = _places(lengths, positions)
     shape = (len(lengths), len(places))
@@ -124,7 +125,9 @@ def logit_attribution(
     total = picked[0] if len(ids) == 1 else picked[0] - picked[1]
     stream = np.asarray(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        direction = _logit_direction(model, stream, tuple(jnp.asarray(i, jnp.int32) for i in ids))
+        direction = _logit_direction(
+            lm.runnable.ends, stream, tuple(jnp.asarray(i, jnp.int32) for i in ids)
+        )
     return _attribute(lm, cache, direction, total, places, lm.config.n_layers, True)
 
 
@@ -156,7 +159,6 @@ def router_attribution(
     if experts is None and (against is not None or lm.config.n_experts_per_token == n_experts):
         raise PromptError("experts: name them; there is no margin to split by default")
     layer = layer % n_layers
-    model = lm.model  # refused before anything runs if it is streamed
     _, lengths = lm.prepare(tokens)
     places = _places(lengths, positions)
     cache = _capture(
@@ -180,7 +182,8 @@ def router_attribution(
     total = np.einsum("bpte,bpe->bpt", sign, logits)
     stream = np.asarray(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        direction = _router_direction(model, jnp.asarray(stream), jnp.asarray(sign), layer)
+        of_router = _weights(lm, layer, lambda b: (b.moe.router, b.moe_norm))
+        direction = _router_direction(of_router, jnp.asarray(stream), jnp.asarray(sign))
     return _attribute(lm, cache, direction, total, places, layer + 1, False)
 
 
@@ -233,56 +236,67 @@ def _frozen(norm: RMSNorm, x: Array) -> Float[Array, "*rows d_model"]:
 
 @eqx.filter_jit
 def _logit_direction(
-    model: Grok, stream: Array, ids: tuple[Array, ...]
+    ends: Ends, stream: Array, ids: tuple[Array, ...]
 ) -> Float[Array, "batch position target d_model"]:
     """The vector whose product with the stream is the logit (or the difference)."""
     rows = []
     for i in ids:
         flat = jax.reshard(jnp.asarray(i).reshape(i.shape[0], -1), P("data", None))
-        row = jax.reshard(model.embedding.embed(flat), P())
+        row = jax.reshard(ends.embedding.embed(flat), P())
         rows.append(row.reshape(*i.shape, row.shape[-1]))
     row = rows[0] if len(rows) == 1 else rows[0] - rows[1]
-    frozen = _frozen(model.final_norm, jnp.asarray(stream))
-    return row * frozen[:, :, None] * model.config.output_multiplier
+    frozen = _frozen(ends.final_norm, jnp.asarray(stream))
+    return row * frozen[:, :, None] * ends.config.output_multiplier
 
 
 @eqx.filter_jit
 def _router_direction(
-    model: Grok, stream: Array, sign: Array, layer: int
+    of_router: tuple[Array, RMSNorm], stream: Array, sign: Array
 ) -> Float[Array, "batch position target d_model"]:
-    router = jax.reshard(model.blocks.moe.router[layer], P())
-    norm = jax.tree.map(lambda a: a[layer], model.blocks.moe_norm)
+    router, norm = jax.reshard(of_router, P())
     row = einsum32("bpte,de->bptd", jnp.asarray(sign), router, jnp.float32)
     return row * _frozen(norm, jnp.asarray(stream))[:, :, None]
 
 
-@eqx.filter_jit
-def _project(
-    model: Grok, direction: Array, activations: dict[str, Array], n_layers: int
-) -> tuple[Array, Array, Array]:
-    """Terms of the embedding, of the heads [layer, batch, position, target, head], and of the
-    chosen experts [layer, batch, position, choice, target]."""
-    activations = {k: jnp.asarray(v) for k, v in activations.items()}
-    embed = einsum32("bpd,bptd->bpt", activations.pop("embed"), direction, jnp.float32)
-    n_heads = model.config.n_heads
-    blocks = model.blocks
-    weights = (blocks.attention.out, blocks.attn_out_norm, blocks.moe_out_norm)
+@jax.jit
+def _of_embed(
+    direction: Float[Array, "batch position target d_model"],
+    embed: Float[Array, "batch position d_model"],
+) -> Float[Array, "batch position target"]:
+    return einsum32("bpd,bptd->bpt", embed, direction, jnp.float32)
 
-    def layer(_, xs):
-        (out, attn_norm, moe_norm), a = xs
-        out = jax.tree.map(lambda w: jax.reshard(w, P()), out)
-        matrix = dequantize(out) if isinstance(out, QuantizedArray) else out
-        before = direction * _frozen(attn_norm, a["attn_out_pre_norm"])[:, :, None]
-        into = einsum32("bptd,hd->bpth", before, matrix, jnp.float32)
-        into = into.reshape(*into.shape[:3], n_heads, -1)
-        heads = jnp.sum(into * a["z"][:, :, None], axis=-1)
-        before = direction * _frozen(moe_norm, a["moe_out_pre_norm"])[:, :, None]
-        shares = a["expert_outputs"] * a["expert_weights"][..., None]
-        return None, (heads, einsum32("bpcd,bptd->bpct", shares, before, jnp.float32))
 
-    xs = jax.tree.map(lambda a: a[:n_layers], (weights, activations))
-    _, (heads, experts) = jax.lax.scan(layer, None, xs)
-    return embed, heads, experts
+@functools.partial(jax.jit, static_argnames=("n_heads",))
+def _of_layer(
+    weights: tuple[QuantizedArray | Array, RMSNorm, RMSNorm],
+    n_heads: int,
+    direction: Float[Array, "batch position target d_model"],
+    a: dict[str, Array],
+) -> tuple[Array, Array]:
+    """Terms of a layer's heads [batch, position, target, head], and of the chosen experts
+    [batch, position, choice, target]; `a`: what the layer wrote."""
+    out, attn_norm, moe_norm = jax.tree.map(lambda w: jax.reshard(w, P()), weights)
+    matrix = dequantize(out) if isinstance(out, QuantizedArray) else out
+    before = direction * _frozen(attn_norm, a["attn_out_pre_norm"])[:, :, None]
+    into = einsum32("bptd,hd->bpth", before, matrix, jnp.float32)
+    into = into.reshape(*into.shape[:3], n_heads, -1)
+    heads = jnp.sum(into * a["z"][:, :, None], axis=-1)
+    before = direction * _frozen(moe_norm, a["moe_out_pre_norm"])[:, :, None]
+    shares = a["expert_outputs"] * a["expert_weights"][..., None]
+    return heads, einsum32("bpcd,bptd->bpct", shares, before, jnp.float32)
+
+
+def _weights(lm: LanguageModel, layer: int, choose: Callable[[Any], PyTree]) -> PyTree:
+    """Some of a layer's arrays, and no more of them read than that."""
+    model = lm.runnable
+    if isinstance(model, StreamedGrok):
+        return model.reader.part(layer, choose)
+    return _entry(choose(model.blocks), jnp.int32(layer))
+
+
+@jax.jit
+def _entry(stacks: PyTree, layer: Array) -> PyTree:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), stacks)
 
 
 def _attribute(
@@ -296,11 +310,18 @@ def _attribute(
 ) -> Attribution:
     """Put the terms together; `last_experts`: whether the last layer's experts have any."""
     whole = NamedSharding(lm.mesh, P())
-    used = {n: jax.device_put(np.asarray(cache[n]), whole) for n in _WRITTEN
-            if n != "expert_indices"}  # fmt: skip
+    used = {n: np.asarray(cache[n]) for n in _WRITTEN if n != "expert_indices"}
     with jax.set_mesh(lm.mesh):
-        terms = _project(lm.model, direction, used, n_layers)
-    embed, heads, chosen = (np.asarray(t) for t in terms)
+        embed = np.asarray(_of_embed(direction, jax.device_put(used.pop("embed"), whole)))
+        terms = []
+        for layer in range(n_layers):
+            weights = _weights(
+                lm, layer, lambda b: (b.attention.out, b.attn_out_norm, b.moe_out_norm)
+            )
+            written = {name: value[layer] for name, value in used.items()}
+            written = jax.device_put(written, whole)
+            terms.append(_of_layer(weights, lm.config.n_heads, direction, written))
+    heads, chosen = (np.stack([np.asarray(t) for t in of]) for of in zip(*terms, strict=True))
     n_experts = n_layers if last_experts else n_layers - 1
     chosen, indices = chosen[:n_experts], np.asarray(cache["expert_indices"])[:n_experts]
     is_expert = indices[..., None] == np.arange(lm.config.n_experts)

@@ -8,7 +8,9 @@ gradient (Nanda, "Attribution patching", 2023; Syed et al., arXiv 2310.10348).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import equinox as eqx
@@ -25,8 +27,8 @@ from grokkit.compiled import compiled
 from grokkit.edits import Add, resolve, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Grok, Resume
-from grokkit.streamed_model import StreamedGrok
+from grokkit.model import Block, Ends, Grok, Resume, Rows, run_block
+from grokkit.streamed_model import StreamedGrok, enter
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
@@ -178,17 +180,22 @@ def attribution_patch(
                         "integers; sweep it with patch")  # fmt: skip
     if at not in ("corrupted", "clean"):
         raise SiteError(f"at: expected 'corrupted' or 'clean', found {at!r}")
-    model = lm.model  # refused before anything runs if there is no gradient through it
     runs, tokens, values = _both_runs(lm, clean, corrupted, metric, grid)
     chosen = _one_prompt(lm, clean, "clean") if at == "clean" else tokens
     ids = np.repeat(chosen, lm.mesh.shape["data"], axis=0)
     lengths = np.full(len(ids), runs.n_positions, np.int32)
     n = runs.n_positions
-    shape = site_shape(grid.perturbed, lm.config, 1, n)
-    edit = Add(grid.perturbed, np.zeros((lm.config.n_layers, *shape), np.float32))
-    edits = _on_every_device(lm, resolve([edit], lm.config, lengths))
+    model, shape = lm.runnable, site_shape(grid.perturbed, lm.config, 1, n)
+    if not model.is_streamed:
+        shape = (lm.config.n_layers, *shape)  # something else for each layer
+    edit = Add(grid.perturbed, np.zeros(shape, np.float32))
+    (edit,) = _on_every_device(lm, resolve([edit], lm.config, lengths))
     with jax.set_mesh(lm.mesh):
-        gradient = np.asarray(_gradient(model, ids, lengths, edits[0], metric))
+        if isinstance(model, StreamedGrok):
+            streams = (runs.clean if at == "clean" else runs.corrupted)["resid_pre"]
+            gradient = _streamed_gradient(model, ids, lengths, edit, metric, streams)
+        else:
+            gradient = np.asarray(_gradient(model, ids, lengths, edit, metric))
     clean_value, corrupted_value = values
     estimate = np.float32(corrupted_value) + grid.project(gradient[:, 0], runs)
     return Sweep(estimate, clean_value, corrupted_value, grid.perturbed, grid.axis)
@@ -232,6 +239,69 @@ def _gradient(
         return _metric_of(model, ids, lengths, (moved,), metric)[0]
 
     return jax.grad(value)(edit.value)
+
+
+def _streamed_gradient(
+    model: StreamedGrok,
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    edit: Add,
+    metric: Metric,
+    streams: Float[np.ndarray, "layer position d_model"],
+) -> np.ndarray:
+    """As `_gradient`, from the last layer to the first.
+
+    Each layer is run again from the stream that entered it, with what it may add a number of its
+    own, and the derivative by what leaves it is taken back to what enters it.
+    """
+    ends, n_layers = model.ends, model.config.n_layers
+    layout = NamedSharding(model.mesh, P("data"))
+    _, rows, _ = enter(ends, ids, None, lengths, (), ())
+    pulled, found, layer = None, [], n_layers
+    with closing(model.reader.layers(backwards=True)) as blocks:
+        for block in blocks:
+            layer -= 1
+            x = np.repeat(streams[layer, None], len(ids), axis=0)
+            at = (rows, jnp.int32(layer), model.dtype, edit)
+            if pulled is None:
+                leaving = _leaving(block, jax.device_put(x, layout), edit.value, *at)
+                pulled = _of_metric(ends, leaving, rows, metric)
+            pulled, of_layer = _pull(block, jax.device_put(x, layout), pulled, *at)
+            found.append(np.asarray(of_layer))
+            jax.block_until_ready(pulled)
+            del block
+    return np.stack(found[::-1])
+
+
+@eqx.filter_jit
+def _leaving(
+    block: Block, x: Array, added: Array, rows: Rows, layer: Array, dtype: Any, edit: Add
+) -> Array:
+    """The stream after a layer that adds something."""
+    moved = eqx.tree_at(lambda e: e.value, edit, added)
+    return run_block(block, x, rows, None, layer, dtype, (), (moved,))[0]
+
+
+@eqx.filter_jit
+def _of_metric(ends: Ends, x: Array, rows: Rows, metric: Metric) -> Array:
+    """Derivative of the first row's metric by the stream after the last layer."""
+
+    def value(x: Array) -> Array:
+        last_only = getattr(metric, "last_only", False)
+        logits, _ = ends.leave(x, rows, last_only, (), ())
+        return metric(jax.reshard(logits, P()))[0]
+
+    return jax.grad(value)(x)
+
+
+@eqx.filter_jit
+def _pull(
+    block: Block, x: Array, pulled: Array, rows: Rows, layer: Array, dtype: Any, edit: Add
+) -> tuple[Array, Array]:
+    """A derivative by what leaves a layer, as ones by what enters it and by what it adds."""
+    run = functools.partial(_leaving, block)
+    _, back = jax.vjp(lambda x, added: run(x, added, rows, layer, dtype, edit), x, edit.value)
+    return back(pulled)
 
 
 def _both_runs(

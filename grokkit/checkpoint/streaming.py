@@ -62,7 +62,20 @@ class LayerReader:
         ]
         return jax.tree.unflatten(self._treedef, found)
 
-    def layers(self, start: int = 0, stop: int | None = None) -> Generator[PyTree]:
+    def part(self, layer: int, choose: Callable[[Any], PyTree]) -> PyTree:
+        """Some arrays of one layer.
+
+        **Arguments:**
+
+        - `layer`: which.
+        - `choose`: takes the layer's tree and returns the parts of it that are to be read.
+        """
+        plans = choose(jax.tree.unflatten(self._treedef, self._plans[layer]))
+        return jax.tree.map(lambda plan: read_leaf(plan, new_parts(plan)), plans)
+
+    def layers(
+        self, start: int = 0, stop: int | None = None, backwards: bool = False
+    ) -> Generator[PyTree]:
         """One layer after the other; while one is used, the next is read.
 
         Let go of each, and see that nothing computed from it is still under way, before asking
@@ -72,14 +85,16 @@ class LayerReader:
 
         - `start`: the first layer.
         - `stop`: the layer to stop before; by default all are given.
+        - `backwards`: give the last of them first.
         """
-        stop = self.n_layers if stop is None else stop
+        order = range(self.n_layers)[start:stop]
+        order = order[::-1] if backwards else order
         with self._one_pass, ThreadPoolExecutor(1, "reading-layers") as pool:
-            pending = [pool.submit(self._read, start)] if start < stop else []
-            for layer in range(start, stop):
+            pending = [pool.submit(self._read, layer) for layer in order[:1]]
+            for layer in [*order[1:], None] if order else []:
                 ready = [pending.pop().result()]
-                if layer + 1 < stop:
-                    pending.append(pool.submit(self._read, layer + 1))
+                if layer is not None:
+                    pending.append(pool.submit(self._read, layer))
                 # Nothing here may hold on to the layer while the next is read.
                 yield jax.tree.unflatten(self._treedef, ready.pop())
 
