@@ -2,7 +2,7 @@
 
 Each device's slice of each layer goes from the file into that device's part of the stacked array.
 There is no host copy of the model, nor of a layer: on accelerators the memory beyond the weights is
-one slice on its way (on the host and on the device); on CPU devices, two slabs of some rows.
+one slice on its way (on the host and on the device); on CPU devices, a few slabs of some rows.
 """
 
 import dataclasses

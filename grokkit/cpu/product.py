@@ -83,10 +83,10 @@ def _threads(rows: int, entries: int) -> int:
     """How many threads to cut a product over: the processor's, shared between devices."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else max(1, mesh.size // jax.process_count())
-    return max(1, min(_cores() // devices, entries * -(-rows // 4) // _A_THREAD))
+    return max(1, min(cores() // devices, entries * -(-rows // 4) // _A_THREAD))
 
 
-def _cores() -> int:
+def cores() -> int:
     """The processor's cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
