@@ -1,18 +1,22 @@
 """Grok-1's layers at their true widths: loaded, run, checked against numpy, and weighed.
 
     python benchmarks/full_width.py --layers 1
+    python benchmarks/full_width.py --layers 2 --cold-only   # with less than 32 GB of memory
 
 Writes a random checkpoint with one layer (8.2 GB) or two (13 GB) in the official layout to a
 temporary directory, and removes it. Each measurement runs in a process of its own, on eight virtual
 CPU devices:
 
 - the rate of loading, as a share of that of `cat FILES > /dev/null`, with the files out of the page
-  cache and in it. The warm one asks for memory for the model and for the files;
+  cache and in it. The warm one asks for memory for the model and for the files. Beside it the rate
+  of merely touching as much fresh memory by as many threads, which bounds any loader and which
+  `cat` does not pay: a virtual machine may first have to get that memory back from its host;
 - the most memory resident while loading, over what was resident before and the weights;
 - logits of a prompt and of tokens decoded after it, against numpy reading the same files: products
   in float32, a few rows of a matrix at a time, summed in float64;
 - the plan's bytes of weights against the files' and the model's, and its temporaries against those
-  of the programs compiled for the loaded model and against what a prompt of 1,000 tokens took.
+  of the programs compiled for the loaded model, and against what a prompt of 1,000 tokens, and
+  decoding after it, took.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +39,10 @@ import ml_dtypes
 import numpy as np
 
 import grokkit
+from grokkit import cpu
 from grokkit.checkpoint import open_checkpoint, tensor_keys, write_tensor
-from grokkit.generate import generate_tokens, prefill
+from grokkit.checkpoint.slabs import MOST_THREADS
+from grokkit.generate import State, decode, generate_tokens, prefill
 from grokkit.kv_cache import KVCache
 from grokkit.sampling import Sampling
 
@@ -222,6 +229,16 @@ def loaded(directory: Path, dtype: str) -> tuple[grokkit.LanguageModel, dict[str
     }
 
 
+def touch(directory: Path, dtype: str) -> dict[str, Any]:
+    """Seconds that it takes to write once to as much fresh memory as the files."""
+    memory = np.empty(sum(path.stat().st_size for path in tensors(directory)), np.uint8)
+    n = min(cpu.cores(), MOST_THREADS)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(lambda part: part.fill(1), np.array_split(memory, n)))
+    return {"seconds": time.perf_counter() - start}
+
+
 def run(directory: Path, dtype: str) -> dict[str, Any]:
     """Logits of a prompt and its continuation, in a file; and memory, planned and taken."""
     lm, found = loaded(directory, dtype)
@@ -246,24 +263,30 @@ def run(directory: Path, dtype: str) -> dict[str, Any]:
             (np.ones((1, N_CONTEXT), np.int32), np.ones(1, np.int32), rows),
         )
         program = prefill.lower(lm.model, tokens, lengths, cache, rows, (), ()).compile()
-        found["compiled"] = DEVICES * program.memory_analysis().temp_size_in_bytes
-        del cache, program
+        step = decode.lower(lm.model, State(cache, lengths, None), rows, 1).compile()
+        found["compiled"] = [
+            DEVICES * p.memory_analysis().temp_size_in_bytes for p in (program, step)
+        ]
+        del cache, program, step
     plan = grokkit.plan(open_checkpoint(directory), (1, DEVICES), N_CONTEXT, dtype=dtype,
                         machines=())  # fmt: skip
     found["plan"] = {name: total for name, _, total, _ in plan.rows}
 
     long = rng.integers(3, config.vocab_size, N_LONG).tolist()
 
-    def prefilled() -> float:
-        start = time.perf_counter()
-        pieces = generate_tokens(lm.model, lm.mesh, [long], 8, Sampling(temperature=0))
+    def measured() -> tuple[float, list[int]]:
+        """Seconds that a long prompt takes; memory that it takes, and then decoding."""
+        pieces = generate_tokens(lm.model, lm.mesh, [long], 8, Sampling(temperature=0), block=1)
+        before, start = restart(), time.perf_counter()
         jax.block_until_ready(next(pieces).draws.token)
-        return time.perf_counter() - start
+        seconds, taken = time.perf_counter() - start, [resident("VmHWM") - before]
+        before = restart()
+        for piece in pieces:
+            jax.block_until_ready(piece.draws.token)
+        return seconds, [*taken, resident("VmHWM") - before]
 
-    prefilled()  # compiles, which takes memory of its own
-    before = restart()
-    found["prefill_seconds"] = prefilled()
-    found["prefill_memory"] = resident("VmHWM") - before
+    measured()  # compiles, which takes memory of its own
+    found["prefill_seconds"], found["taken"] = measured()
     return found
 
 
@@ -294,8 +317,10 @@ def report_loading(directory: Path, size: int, rounds: int, warm: bool) -> None:
             found = child("load", directory, "bfloat16")
             shares.append(base / found["seconds"])
             over = max(over, found["over"])
-            print(f"  cat {size / base / GB:.2f} GB/s, loading "
-                  f"{size / found['seconds'] / GB:.2f} GB/s", flush=True)  # fmt: skip
+            touching = child("touch", directory, "bfloat16")["seconds"]
+            print(f"  cat {size / base / GB:.2f} GB/s, loading {size / found['seconds'] / GB:.2f} "
+                  f"GB/s, touching fresh memory {size / touching / GB:.2f} GB/s",
+                  flush=True)  # fmt: skip
         share = float(np.median(shares))
         print(f"{name} page cache: loading at {share:.2f} of cat's rate, bound {bar:g}: "
               f"{verdict(share >= bar)}")  # fmt: skip
@@ -319,10 +344,11 @@ def report_run(directory: Path, size: int, dtype: str, reference: Any) -> None:
               f"{part.max():.1e} of the largest logit: {verdict(part.max() < CLOSE[dtype])}")  # fmt: skip
     print(f"weights: planned {plan['weights']:,}, in memory {found['weights']:,}, files {size:,} "
           f"({size - plan['weights']:,} of headers)")  # fmt: skip
-    print(f"prefill of {N_CONTEXT:,} tokens, temporaries: planned "
-          f"{plan['prefill temporaries'] / GB:.3f} GB, compiled {found['compiled'] / GB:.3f} GB, "
-          f"taken by a prompt of {N_LONG:,} {found['prefill_memory'] / GB:.3f} GB in "
-          f"{found['prefill_seconds']:.1f} s", flush=True)  # fmt: skip
+    for i, name in enumerate(("prefill", "decode")):
+        print(f"{name} at {N_CONTEXT:,} tokens, temporaries: planned "
+              f"{plan[f'{name} temporaries'] / GB:.3f} GB, compiled {found['compiled'][i] / GB:.3f} "
+              f"GB, taken after a prompt of {N_LONG:,} {found['taken'][i] / GB:.3f} GB")  # fmt: skip
+    print(f"prefill took {found['prefill_seconds']:.1f} s", flush=True)
 
 
 def main() -> None:
@@ -337,8 +363,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         what, directory, dtype = options.child
-        found = (run if what == "run" else lambda *a: loaded(*a)[1])(Path(directory), dtype)
-        print(json.dumps(found))
+        tasks = {"run": run, "touch": touch, "load": lambda *a: loaded(*a)[1]}
+        print(json.dumps(tasks[what](Path(directory), dtype)))
         return
     # Ended from outside, it still removes what it wrote.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))

@@ -20,7 +20,7 @@ from grokkit import cpu
 from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
 
 _SLAB = 1 << 23  # bytes
-_MOST_THREADS = 4
+MOST_THREADS = 4
 _TURNED_ROWS = 256  # rows turned round at once
 _APART = 64  # bytes between rows of a slab to be turned round
 _VECTORS = 512  # buffers for one read; systems allow 1024
@@ -59,7 +59,7 @@ def fill(file: TensorFile, span: ArraySpan, turned: bool, places: Sequence[Place
     slabs = _slabs(span, parts, turned)
     layout = _Layout.of(span, columns, turned)
     waiting = collections.deque(slabs)
-    n_threads = min(len(slabs), cpu.cores(), _MOST_THREADS)
+    n_threads = min(len(slabs), cpu.cores(), MOST_THREADS)
 
     def work(read: Any) -> None:
         buffer = layout.buffer(max(slab.n for slab in slabs))
