@@ -45,6 +45,7 @@ from grokkit.checkpoint.slabs import MOST_THREADS
 from grokkit.generate import State, decode, generate_tokens, prefill
 from grokkit.kv_cache import KVCache
 from grokkit.sampling import Sampling
+from grokkit.sharding import abstract
 
 DEVICES = 8
 COLD, WARM, OVERHEAD = 0.70, 0.35, 1.0  # shares of cat's rate, and GB
@@ -263,7 +264,8 @@ def run(directory: Path, dtype: str) -> dict[str, Any]:
             (np.ones((1, N_CONTEXT), np.int32), np.ones(1, np.int32), rows),
         )
         program = prefill.lower(lm.model, tokens, lengths, cache, rows, (), ()).compile()
-        step = decode.lower(lm.model, State(cache, lengths, None), rows, 1).compile()
+        filled = abstract(KVCache.specs(config, 1, N_CONTEXT, lm.model.dtype), lm.mesh)
+        step = decode.lower(lm.model, State(filled, lengths, None), rows, 1).compile()
         found["compiled"] = [
             DEVICES * p.memory_analysis().temp_size_in_bytes for p in (program, step)
         ]
