@@ -280,7 +280,7 @@ def test_killed_at_random_points(golden_dir, tmp_path):
     assert run(tmp_path / "whole", -1).returncode == 0
     kills = 0
     while True:
-        done = run(tmp_path / "x", random.randint(5, 90) if kills < 4 else -1)
+        done = run(tmp_path / "x", random.randint(5, 40) if kills < 4 else -1)
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
