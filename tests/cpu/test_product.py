@@ -151,7 +151,7 @@ def test_sharing_changes_no_bit_however_often_and_with_how_many_callers(stack, c
 
 
 def test_cores_are_shared_between_devices(monkeypatch):
-    monkeypatch.setattr(product, "_cores", lambda: 16)
+    monkeypatch.setattr(product, "cores", lambda: 16)
     large = 2**30
     assert product._threads(1, large) == 16
     assert product._threads(4, product._A_THREAD) == 1
