@@ -7,7 +7,7 @@ one slice on its way (on the host and on the device); on CPU devices, a few slab
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.slabs import Place, fill
+from grokkit.checkpoint.slabs import Place, Wanted, fill
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
@@ -67,7 +67,9 @@ def load_planned(plans: PyTree, name: str, progress: bool = True) -> PyTree:
         desc=f"loading {name}",
         disable=not progress,
     ) as bar:
-        return jax.tree.map(lambda plan: _load(plan, bar), plans)
+        leaves, treedef = jax.tree.flatten(plans)
+        arrays = read_leaves(leaves, [new_parts(plan) for plan in leaves], bar.update)
+        return jax.tree.unflatten(treedef, arrays)
 
 
 def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
@@ -103,6 +105,10 @@ def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
     )
 
 
+_Slices = Mapping[Any, tuple[Any, tuple[slice, ...]]]
+"""For each device, a place in its part, and the slice that goes there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """One array of a file, and its place on the leaf's layer axis if there is one."""
@@ -127,20 +133,23 @@ class _Source:
         *lead, k, n = self.span.shape
         return (*lead, n, k)
 
+    def wanted(
+        self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
+    ) -> Wanted | None:
+        """What to read straight into the devices' parts, or `None` if that cannot be."""
+        rooms = {device: p for device, p in parts.items() if isinstance(p, HostPart)}
+        if not (rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype):
+            return None
+        places = [
+            Place(self._in_file(index), rooms[device].memory[place], device)
+            for device, (place, index) in slices.items()
+        ]
+        return Wanted(self.file, self.span, self.turned, places)
+
     def copy_to(
-        self,
-        parts: "Mapping[Any, HostPart | DevicePart]",
-        slices: Mapping[Any, tuple[Any, tuple[slice, ...]]],
-        dtype: np.dtype,
+        self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
     ) -> None:
         """Put each device's slice, in the leaf's order of axes, in its place of the device's part."""
-        rooms = {device: p for device, p in parts.items() if isinstance(p, HostPart)}
-        if rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype:
-            places = [
-                Place(self._in_file(index), rooms[device].memory[place], device)
-                for device, (place, index) in slices.items()
-            ]
-            return fill(self.file, self.span, self.turned, places)
         whole: Any = self.file.open(self.span)
         whole = whole.swapaxes(-1, -2) if self.turned else whole
         # One device after the other, while the file is in the page cache.
@@ -242,23 +251,40 @@ def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[
         )
 
 
-def _load(plan: LeafPlan, bar: Any) -> Array:
-    return read_leaf(plan, new_parts(plan), bar.update)
+Parts = dict[Any, "HostPart | DevicePart"]
+"""A leaf's part on each device of this process."""
 
 
-def new_parts(plan: LeafPlan) -> "dict[Any, HostPart | DevicePart]":
+def new_parts(plan: LeafPlan) -> Parts:
     """Room for each of this process's devices' part of a leaf."""
     shape = plan.sharding.shard_shape(plan.shape)
     devices = plan.sharding.addressable_devices_indices_map(plan.shape)
     return {device: new_part(device, shape, plan.dtype) for device in devices}
 
 
-def read_leaf(
-    plan: LeafPlan,
-    parts: "Mapping[Any, HostPart | DevicePart]",
+def read_leaves(
+    plans: Sequence[LeafPlan],
+    parts: Sequence[Parts],
     report: Callable[[int], object] = lambda n_bytes: None,
-) -> Array:
-    """Read a leaf's files into `parts` and make one array of them."""
+) -> list[Array]:
+    """Read leaves' files into their `parts` and make an array of each.
+
+    What goes to CPU devices is read without a pause between one array and the next.
+    """
+    arrays = []
+    for plan, its_parts in zip(plans, parts, strict=True):
+        for source, slices in _slices(plan):
+            if wanted := source.wanted(its_parts, slices, plan.dtype):
+                arrays.append(wanted)
+            else:
+                source.copy_to(its_parts, slices, plan.dtype)
+                report(source.span.nbytes)
+    fill(arrays, report)
+    return [_finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
+
+
+def _slices(plan: LeafPlan) -> Iterator[tuple[_Source, _Slices]]:
+    """Each source of a leaf, and which slice of it goes where."""
     places = plan.sharding.addressable_devices_indices_map(plan.shape)
     for source in plan.sources:
         slices = {}
@@ -270,8 +296,10 @@ def read_leaf(
             layers = range(plan.shape[0])[index[0]]
             if source.layer in layers:
                 slices[device] = (source.layer - layers.start, index[1:])
-        source.copy_to(parts, slices, plan.dtype)
-        report(source.span.nbytes)
+        yield source, slices
+
+
+def _finished(plan: LeafPlan, parts: Parts) -> Array:
     arrays = [part.finish() for part in parts.values()]
     return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
 
@@ -285,6 +313,7 @@ class HostPart:
         raw = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         self.memory = raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+        self._array: Array | None = None
 
     def write(self, place: Any, values: np.ndarray) -> None:
         """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
@@ -295,7 +324,12 @@ class HostPart:
 
     def finish(self) -> Array:
         """The complete part, on its device. Writing the part again writes over it."""
-        return jax.device_put(self.memory, self.device)
+        if self._array is not None:
+            return self._array
+        array = jax.device_put(self.memory, self.device)
+        if array.unsafe_buffer_pointer() == self.memory.ctypes.data:  # and no copy
+            self._array = array
+        return array
 
 
 class DevicePart:

@@ -1,15 +1,18 @@
-"""Reading parts of an array in a file into memory, a slab of rows at a time.
+"""Reading parts of arrays in files into memory, a slab of rows at a time.
 
-Several threads take one slab after another, read it and put it in its place; where memory is
-touched for the first time, that alone takes as long as the rest. A matrix may be turned round on
-the way (the file holds [k, n], the model [n, k]), while its slab is in the processor's cache. Rows
-of such a slab lie an odd distance apart, since at a power of two they would all fall on the same
-few lines of the cache.
+Several threads take one slab after another, of one array after another, read it and put it in its
+place; where memory is touched for the first time, that alone takes as long as the rest. A matrix
+may be turned round on the way (the file holds [k, n], the model [n, k]), while its slab is in the
+processor's cache. Rows of such a slab are kept from lying a power of two apart, where they would all
+fall on the same few lines of the cache.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -21,8 +24,10 @@ from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
 
 _SLAB = 1 << 23  # bytes
 MOST_THREADS = 4
-_TURNED_ROWS = 256  # rows turned round at once
-_APART = 64  # bytes between rows of a slab to be turned round
+_TURNED_ROWS = 256  # rows turned round at once, and more of short ones:
+_TURNED_BYTES = 1 << 21
+_LINE, _LINES = 64, 64  # bytes of a line of the processor's first cache, and its places
+_APART = _LINE  # bytes between rows of a slab to be turned round, if they would collide
 _VECTORS = 512  # buffers for one read; systems allow 1024
 
 
@@ -38,43 +43,115 @@ class Place:
     """The CPU device that turns it round."""
 
 
-def fill(file: TensorFile, span: ArraySpan, turned: bool, places: Sequence[Place]) -> None:
-    """Read every place's part of an array.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Parts of one array of a file."""
+
+    file: TensorFile
+    span: ArraySpan
+    turned: bool
+    """Exchange the last two axes."""
+    places: Sequence[Place]
+    """What to read. Rows that no place asks for are not read; of wide rows no columns are read
+    outside the places'."""
+
+
+def fill(arrays: Sequence[Wanted], report: Callable[[int], object] = lambda n_bytes: None) -> None:
+    """Read every place's part of some arrays.
 
     Beyond the places' memory each of at most four threads uses a slab, of 8 MB or a row.
 
     **Arguments:**
 
-    - `file`, `span`: which array of which file.
-    - `turned`: exchange the last two axes.
-    - `places`: what to read. Rows that no place asks for are not read; of wide rows no columns
-        are read outside the places'.
+    - `arrays`: what to read.
+    - `report`: told how many of an array's bytes are done with, by one thread at a time.
 
-    **Raises:** `CheckpointError` if the file is gone or has changed since its header was read.
+    **Raises:** `CheckpointError` if a file is gone or has changed since its header was read.
     """
-    parts = [_part(span, place, turned) for place in places]
-    if not parts:
-        return
-    columns = slice(min(p.columns.start for p in parts), max(p.columns.stop for p in parts))
-    slabs = _slabs(span, parts, turned)
-    layout = _Layout.of(span, columns, turned)
-    waiting = collections.deque(slabs)
-    n_threads = min(len(slabs), cpu.cores(), MOST_THREADS)
+    readings = [_Reading.of(wanted) for wanted in arrays if wanted.places]
+    waiting = collections.deque(item for reading in readings for item in reading.items())
+    n_threads = min(len(waiting), cpu.cores(), MOST_THREADS)
+    one_at_a_time = threading.Lock()
+    largest = max((reading.buffer_bytes for reading in readings), default=0)
 
-    def work(read: Any) -> None:
-        buffer = layout.buffer(max(slab.n for slab in slabs))
-        while slab := _next(waiting):
-            rows = layout.read(read, buffer, slab)
-            _put(rows, parts, slab, columns.start, turned)
+    def work() -> None:
+        present: _Reading | None = None
+        memory, buffers = np.empty(largest, np.uint8), dict[Any, _Buffer]()
+        with contextlib.ExitStack() as opened:
+            while item := _next(waiting):
+                reading, slab, n_bytes = item
+                if reading is not present:
+                    opened.close()
+                    present, read = reading, opened.enter_context(reading.wanted.file.reading())
+                    buffer = reading.buffer(memory, buffers)
+                reading.take(read, buffer, slab)
+                with one_at_a_time:
+                    report(n_bytes)
 
-    with file.reading() as read, ThreadPoolExecutor(n_threads, "reading") as pool:
-        threads = [pool.submit(work, read) for _ in range(n_threads)]
+    if n_threads <= 1:  # a thread would take longer to start than a small array to read
+        return work()
+    with ThreadPoolExecutor(n_threads, "reading") as pool:
+        threads = [pool.submit(work) for _ in range(n_threads)]
         try:
             wait(threads, return_when=FIRST_EXCEPTION)
         finally:
             waiting.clear()  # after an error, or Ctrl-C, the others soon end
         for thread in threads:
             thread.result()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """One array, cut into slabs."""
+
+    wanted: Wanted
+    parts: "list[_Part]"
+    columns: slice
+    slabs: "list[_Slab]"
+    layout: "_Layout"
+
+    @staticmethod
+    def of(wanted: Wanted) -> "_Reading":
+        span, turned = wanted.span, wanted.turned
+        parts = [_part(span, place, turned) for place in wanted.places]
+        columns = slice(min(p.columns.start for p in parts), max(p.columns.stop for p in parts))
+        slabs = _slabs(span, parts, turned)
+        return _Reading(wanted, parts, columns, slabs, _Layout.of(span, columns, turned))
+
+    @property
+    def _most_rows(self) -> int:
+        return max(slab.n for slab in self.slabs)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What a slab takes."""
+        return self._most_rows * self.layout.pitch
+
+    def buffer(self, memory: np.ndarray, made: "dict[Any, _Buffer]") -> "_Buffer":
+        """A buffer for a slab in a thread's memory; arrays of one form share it."""
+        key = self._most_rows, self.layout.pitch, self.layout.width, self.layout.stride
+        if key not in made:
+            made[key] = self.layout.buffer(memory[: self.buffer_bytes], self._most_rows)
+        return made[key]
+
+    def items(self) -> "list[_Item]":
+        """The slabs, each with the bytes of the array that it accounts for."""
+        total, n = self.wanted.span.nbytes, len(self.slabs)
+        done = [total * i // n for i in range(n + 1)]
+        return [(self, slab, done[i + 1] - done[i]) for i, slab in enumerate(self.slabs)]
+
+    def take(self, read: Any, buffer: "_Buffer", slab: "_Slab") -> None:
+        """Read a slab and put it in its places."""
+        parts = [p for p in self.parts if slab.rows == p.rows and slab.lead in p.lead]
+        if len(parts) == 1 and self.layout.is_whole and not self.wanted.turned:
+            memory = parts[0].rows_of(slab)
+            if memory.flags.c_contiguous:
+                return self.layout.read_into(read, memory, slab)
+        rows = self.layout.read(read, buffer, slab)
+        _put(rows, parts, slab, self.columns.start, self.wanted.turned)
+
+
+_Item = tuple[_Reading, "_Slab", int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +163,11 @@ class _Part:
     columns: slice
     memory: np.ndarray
     device: Any
+
+    def rows_of(self, slab: "_Slab") -> np.ndarray:
+        """Where a slab's rows go, as they lie in the file."""
+        first = slab.start - self.rows.start
+        return self.memory[slab.lead - self.lead.start][first : first + slab.n]
 
 
 def _part(span: ArraySpan, place: Place, turned: bool) -> _Part:
@@ -119,9 +201,11 @@ class _Slab(NamedTuple):
 
 def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]:
     """Every row that some part needs, once."""
-    most = max(1, _SLAB // ((1, *span.shape)[-1] * span.dtype.itemsize))
+    row_bytes = (1, *span.shape)[-1] * span.dtype.itemsize
+    most = max(1, _SLAB // row_bytes)
     if turned:
-        most = min(most, _TURNED_ROWS)
+        # Whole runs of rows: turning is fast where they begin at the lines of the result.
+        most = min(most, max(1, _TURNED_BYTES // (row_bytes * _TURNED_ROWS)) * _TURNED_ROWS)
     wanted = sorted({(lead, p.rows.start, p.rows.stop) for p in parts for lead in p.lead})
     return [
         _Slab(lead, slice(first, stop), start, min(most, stop - start))
@@ -130,11 +214,20 @@ def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]
     ]
 
 
-def _next(waiting: collections.deque[_Slab]) -> _Slab | None:
+def _next(waiting: collections.deque[_Item]) -> _Item | None:
     try:
         return waiting.popleft()
     except IndexError:
         return None
+
+
+def _would_collide(row_bytes: int) -> bool:
+    """Whether a line of each of 64 rows would not fit in a processor's first cache at once.
+
+    It has 64 places for at least 8 lines each, which follow one another in memory.
+    """
+    lines, rest = divmod(row_bytes, _LINE)
+    return rest == 0 and math.gcd(lines, _LINES) > 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,29 +251,56 @@ class _Layout:
         size = span.dtype.itemsize
         width = (columns.stop - columns.start) * size
         n_rows, n_columns = (1, 1, *span.shape)[-2:]
+        apart = _APART if turned and _would_collide(width) else 0
         return _Layout(
-            span, n_rows, n_columns * size, columns.start * size, width,
-            width + (_APART if turned else 0),
+            span, n_rows, n_columns * size, columns.start * size, width, width + apart
         )  # fmt: skip
 
-    def buffer(self, n: int) -> np.ndarray:
-        """Memory for `n` rows."""
-        return np.empty((n, self.pitch), np.uint8)
-
-    def read(self, read: Any, buffer: np.ndarray, slab: _Slab) -> np.ndarray:
-        """The columns of a slab's rows, as an array [row, column] in `buffer`."""
-        rows = buffer[: slab.n]
-        row = slab.lead * self.n_rows + slab.start
-        start = self.span.offset + row * self.stride + self.skipped
+    def buffer(self, memory: np.ndarray, n: int) -> "_Buffer":
+        """Room for `n` rows in some memory."""
+        rows = memory.reshape(n, self.pitch)
         if self.pitch == self.stride:
-            read([rows.reshape(-1)], start)
-        elif self.width == self.stride:
-            for i in range(0, slab.n, _VECTORS):
-                read([r[: self.width] for r in rows[i : i + _VECTORS]], start + i * self.stride)
-        else:
-            for i in range(slab.n):
-                read([rows[i, : self.width]], start + i * self.stride)
+            return _Buffer(rows, [], n)
+        # To make these anew for each slab would take as long as to read it.
+        views = [_bytes(row) for row in rows[:, : self.width]]
+        return _Buffer(rows, views, _VECTORS if self.is_whole else 1)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the columns are all that there are."""
+        return self.width == self.stride
+
+    def read_into(self, read: Any, memory: np.ndarray, slab: _Slab) -> None:
+        """A slab's rows, with all their columns, straight to where they belong."""
+        read([_bytes(memory)], slab.n * self.width, self._start(slab))
+
+    def read(self, read: Any, buffer: "_Buffer", slab: _Slab) -> np.ndarray:
+        """The columns of a slab's rows, as an array [row, column] in `buffer`."""
+        rows, start = buffer.rows[: slab.n], self._start(slab)
+        views = buffer.views or [_bytes(rows)]
+        for i in range(0, slab.n, buffer.at_once):
+            n = min(buffer.at_once, slab.n - i)
+            read(views[i : i + n], n * self.width, start + i * self.stride)
         return rows[:, : self.width].view(self.span.dtype)
+
+    def _start(self, slab: _Slab) -> int:
+        row = slab.lead * self.n_rows + slab.start
+        return self.span.offset + row * self.stride + self.skipped
+
+
+def _bytes(memory: np.ndarray) -> memoryview:
+    return memoryview(memory.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+
+
+class _Buffer(NamedTuple):
+    """Memory for a slab."""
+
+    rows: np.ndarray
+    """[row, byte], with the bytes between rows."""
+    views: list[memoryview]
+    """Each row's without them; none if there are none."""
+    at_once: int
+    """Rows that lie side by side in the file too, and are read together."""
 
 
 def _put(
@@ -188,16 +308,15 @@ def _put(
 ) -> None:
     """Copy a slab's rows to the parts that hold them."""
     for part in parts:
-        if slab.rows != part.rows or slab.lead not in part.lead:
+        columns = slice(part.columns.start - first_column, part.columns.stop - first_column)
+        if not turned:
+            part.rows_of(slab)[:] = rows[:, columns]
             continue
         to = part.memory[slab.lead - part.lead.start]
         first = slab.start - part.rows.start
-        at = slice(first, first + slab.n)
-        columns = slice(part.columns.start - first_column, part.columns.stop - first_column)
-        if not turned:
-            to[at] = rows[:, columns]
-        elif rows.itemsize == 1 and cpu.is_there():
-            cpu.turn(rows[:, columns], to[:, at])
+        to = to[:, first : first + slab.n]
+        if rows.itemsize == 1 and cpu.is_there():
+            cpu.turn(rows[:, columns], to)
         else:  # ten times as fast as numpy
             turned_rows = jax.device_put(rows[:, columns].T, part.device, may_alias=False)
-            to[:, at] = np.asarray(turned_rows)
+            to[:] = np.asarray(turned_rows)

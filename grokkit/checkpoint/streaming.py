@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaf
+from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaves
 
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
 
@@ -52,7 +52,7 @@ class LayerReader:
             first = self._plans[0]
             small = [plan for plan in first if plan.nbytes <= _SAMPLE]
             plan = max(small or first, key=lambda plan: plan.nbytes)
-            return plan.nbytes / _timed(lambda: read_leaf(plan, new_parts(plan)))[1]
+            return plan.nbytes / _timed(lambda: read_leaves([plan], [new_parts(plan)]))[1]
         return self._bytes_read / self._seconds
 
     def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -71,7 +71,8 @@ class LayerReader:
         - `choose`: takes the layer's tree and returns the parts of it that are to be read.
         """
         plans = choose(jax.tree.unflatten(self._treedef, self._plans[layer]))
-        return jax.tree.map(lambda plan: read_leaf(plan, new_parts(plan)), plans)
+        leaves, treedef = jax.tree.flatten(plans)
+        return jax.tree.unflatten(treedef, read_leaves(leaves, [new_parts(p) for p in leaves]))
 
     def layers(
         self, start: int = 0, stop: int | None = None, backwards: bool = False
@@ -103,9 +104,7 @@ class LayerReader:
         parts = self._parts[layer % 2]
         if parts is None:
             parts = self._parts[layer % 2] = [new_parts(plan) for plan in plans]
-        leaves, seconds = _timed(
-            lambda: [read_leaf(plan, part) for plan, part in zip(plans, parts, strict=True)]
-        )
+        leaves, seconds = _timed(lambda: read_leaves(plans, parts))
         self._bytes_read += sum(plan.nbytes for plan in plans)
         self._seconds += seconds
         return leaves

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -90,8 +89,8 @@ class TensorFile:
         raise self._changed(found)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[Sequence[np.ndarray], int], None]]:
-        """A function that fills buffers, one after the other, from a place in the file.
+    def reading(self) -> Iterator[Callable[[Sequence[memoryview], int, int], None]]:
+        """A function that fills buffers, so many bytes in all, from a place in the file.
 
         **Raises:** as `open`, here or from the function.
         """
@@ -102,8 +101,8 @@ class TensorFile:
                 if size != self.size:
                     raise self._changed(f"{size:,} bytes")
 
-                def read(buffers: Sequence[np.ndarray], offset: int) -> None:
-                    if not _fill(descriptor, buffers, offset):
+                def read(buffers: Sequence[memoryview], n_bytes: int, offset: int) -> None:
+                    if not _fill(descriptor, buffers, n_bytes, offset):
                         raise self._changed("one that ended early")
 
                 yield read
@@ -119,19 +118,25 @@ class TensorFile:
         )
 
 
-def _fill(descriptor: int, buffers: Sequence[np.ndarray], offset: int) -> bool:
+def _fill(descriptor: int, buffers: Sequence[memoryview], n_bytes: int, offset: int) -> bool:
     """Read into all the buffers; whether the file was long enough."""
-    waiting: list[Any] = [memoryview(b) for b in buffers]  # pyright: ignore[reportArgumentType]
-    while waiting:
-        got = os.preadv(descriptor, waiting, offset)
+    got = os.preadv(descriptor, buffers, offset)
+    while got < n_bytes:  # a system may give less than it is asked for
         if not got:
             return False
-        offset += got
-        while waiting and got >= len(waiting[0]):
-            got -= len(waiting.pop(0))
-        if got:
-            waiting[0] = waiting[0][got:]
+        n_bytes, offset = n_bytes - got, offset + got
+        buffers = _after(buffers, got)
+        got = os.preadv(descriptor, buffers, offset)
     return True
+
+
+def _after(buffers: Sequence[memoryview], n_bytes: int) -> Sequence[memoryview]:
+    """What is left of the buffers behind their first bytes."""
+    for i, buffer in enumerate(buffers):
+        if n_bytes < len(buffer):
+            return [buffer[n_bytes:], *buffers[i + 1 :]]
+        n_bytes -= len(buffer)
+    return []
 
 
 @dataclasses.dataclass(frozen=True)

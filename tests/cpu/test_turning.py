@@ -64,7 +64,7 @@ def test_slabs_of_any_size_by_several_threads(matrices, turned, rows, monkeypatc
         index = (slice(0, 2), some_rows, columns)
         memory = np.zeros((2, 128, 192) if turned else (2, 192, 128), np.int8)
         places.append(slabs.Place(index, memory, jax.devices()[0]))
-    slabs.fill(file, file.weight, turned, places)
+    slabs.fill([slabs.Wanted(file, file.weight, turned, places)])
     for place in places:
         part = weight[place.index]
         assert np.array_equal(place.memory, part.swapaxes(-1, -2) if turned else part)
@@ -81,11 +81,11 @@ def test_a_thread_that_fails_ends_the_others(matrices, monkeypatch):
         if len(reads) == 5:
             raise CheckpointError("gone")
         time.sleep(0.005)
-        return buffer[: slab.n, :256].view(np.int8)
+        return buffer.rows[: slab.n, :256].view(np.int8)
 
     monkeypatch.setattr(slabs._Layout, "read", fail_once)
     whole = (slice(0, 2), slice(0, 384), slice(0, 256))
     place = slabs.Place(whole, np.zeros((2, 256, 384), np.int8), jax.devices()[0])
     with pytest.raises(CheckpointError, match="gone"):
-        slabs.fill(file, file.weight, True, [place])
+        slabs.fill([slabs.Wanted(file, file.weight, True, [place])])
     assert 5 <= len(reads) < 100  # of 768
