@@ -1,6 +1,8 @@
 """Many prompts at once, with a progress bar, and a file that an interrupt does not spoil."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -8,15 +10,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 from grokkit.batching import ContinuousBatch, Generation
 from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import PromptError
+from grokkit.file_lock import locked
 from grokkit.generate import bucket
 from grokkit.language_model import LanguageModel
 from grokkit.loading import load
+from grokkit.processes import agree, by_first, is_first, share, spans_processes
 from grokkit.sampling import Allowed, Sampling
 
 BLOCK = 8
@@ -60,7 +65,8 @@ def batch(
     """Continue every prompt, `slots` of them at a time.
 
     Each gets the text that `lm.generate(prompts, ...)` gives it, with `seed + i` for prompt i. One
-    that cannot be run is refused with the reason, and the rest go on.
+    that cannot be run is refused with the reason, and the rest go on. Of several processes all make
+    the same call; process 0 reads and writes the file, and all return the completions.
 
     **Arguments:**
 
@@ -77,30 +83,60 @@ def batch(
     **Returns:** one `Completion` for each prompt, in their order.
 
     **Raises:** `GrokkitError` for a setting that cannot be honoured, or a file that holds something
-    else.
+    else or that another process writes to.
     """
     prompts = list(prompts)
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise PromptError("prompts: expected a list of texts, at least one")
     sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
     stops = [stop] if isinstance(stop, str) else list(stop)
+    is_loaded = isinstance(model, LanguageModel)
+    together = spans_processes(model.mesh) if is_loaded else jax.process_count() > 1
+    agree(lambda: (None, batch_facts(prompts, sampling, max_len, stops, slots)), together)
     record = None if out is None else Record(Path(out), prompts, sampling, max_len, stops)
-    done = {} if record is None else record.read()
-    if len(done) < len(prompts):
-        lm = model if isinstance(model, LanguageModel) else load(model, progress=progress)
-        sampling.rows(1, lm.config.vocab_size)
-        with tqdm(
-            total=len(prompts), initial=len(done), unit="prompt", desc="continuing",
-            disable=not progress,
-        ) as bar:  # fmt: skip
-            for completion in _complete(lm, prompts, set(done), slots, max_len, sampling, stops):
-                if record is not None:
-                    record.add(completion)
-                done[completion.index] = completion
-                bar.update()
-    if record is not None:
-        record.close(done)
+    with contextlib.ExitStack() as until_done:
+
+        def begin() -> list[dict[str, Any]]:
+            if record is None:
+                return []
+            until_done.enter_context(record.alone())
+            return [dataclasses.asdict(c) for c in record.read().values()]
+
+        found = (Completion(**values) for values in share(begin, together))
+        done = {completion.index: completion for completion in found}
+        if len(done) < len(prompts):
+            lm = model if isinstance(model, LanguageModel) else load(model, progress=progress)
+            sampling.rows(1, lm.config.vocab_size)
+            with tqdm(
+                total=len(prompts), initial=len(done), unit="prompt", desc="continuing",
+                disable=not (progress and is_first()),
+            ) as bar:  # fmt: skip
+                for c in _complete(lm, prompts, set(done), slots, max_len, sampling, stops):
+                    if record is not None:
+                        by_first(functools.partial(record.add, c), together)
+                    done[c.index] = c
+                    bar.update()
+        if record is not None:
+            by_first(functools.partial(record.close, done), together)
     return [done[i] for i in range(len(prompts))]
+
+
+def batch_facts(
+    prompts: list[str], sampling: Sampling, max_len: int, stop: list[str], slots: int
+) -> dict[str, str]:
+    """What several processes must have been asked alike."""
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    return {
+        "prompts": f"{len(prompts)} with the digest {digest}",
+        "settings": f"{_settings(sampling, max_len, stop)[:1000]}, slots {slots}",
+    }
+
+
+def _settings(sampling: Sampling, max_len: int, stop: list[str]) -> str:
+    values = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(Sampling)}
+    if values["allowed"] is not None:
+        values["allowed"] = np.asarray(values["allowed"]).tolist()
+    return json.dumps(values | {"max_len": max_len, "stop": stop}, sort_keys=True)
 
 
 def _complete(
@@ -150,17 +186,27 @@ class Record:
     def __init__(
         self, path: Path, prompts: list[str], sampling: Sampling, max_len: int, stop: list[str]
     ):
-        """Nothing is written yet. **Raises:** `PromptError` if it cannot be."""
-        if not path.absolute().parent.is_dir() or path.is_dir():
-            raise PromptError(f"{path}: expected the name of a file in a directory that exists")
+        """Nothing is read or written yet."""
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial")
         self.prompts = prompts
-        values = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(Sampling)}
-        if values["allowed"] is not None:
-            values["allowed"] = np.asarray(values["allowed"]).tolist()
-        text = json.dumps(values | {"max_len": max_len, "stop": stop}, sort_keys=True)
+        text = _settings(sampling, max_len, stop)
         self.mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep others from writing to the file meanwhile.
+
+        **Raises:** `PromptError` if one does, or if there can be no such file.
+        """
+        path = self.path
+        if not path.absolute().parent.is_dir() or path.is_dir():
+            raise PromptError(f"{path}: expected the name of a file in a directory that exists")
+        return locked(
+            path.with_name(f".{path.name}.lock"),
+            lambda holder: PromptError(
+                f"{path}: {holder} is writing to it; wait until that has ended, or give another file"
+            ),
+        )
 
     def read(self) -> dict[int, Completion]:
         """What earlier runs with the same prompts and settings have done.

@@ -34,7 +34,7 @@ from grokkit.generate import (
 )
 from grokkit.kv_cache import KVCache, put_row, put_rows
 from grokkit.language_model import LanguageModel
-from grokkit.processes import to_host
+from grokkit.processes import is_first, to_host
 from grokkit.sampling import Allowed, Draw, Sampling, stack
 from grokkit.stop_strings import StopStrings
 
@@ -298,7 +298,8 @@ class ContinuousBatch:
         """
         sizes = self.pad_sizes or self._usual_sizes()
         work = [(size, n) for size in sizes for n in self._row_counts(size)]
-        with tqdm(total=len(work) + 1, desc="compiling", disable=not progress) as bar:
+        hidden = not (progress and is_first())
+        with tqdm(total=len(work) + 1, desc="compiling", disable=hidden) as bar:
             for size, n in work:
                 bar.set_postfix_str(f"prompts of {size} x {n}")
                 self._prefill([[]] * self.lm.mesh.shape["data"], size, n)

@@ -7,8 +7,9 @@ that a pass that was cut off begins again at its layer.
 
 import functools
 import hashlib
-from collections.abc import Callable, Generator
-from contextlib import closing
+import json
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,28 @@ from tqdm.auto import tqdm
 
 from grokkit.activation_cache import described
 from grokkit.checkpoint import fingerprint
-from grokkit.errors import ProcessError, PromptError, SiteError
+from grokkit.errors import PromptError, SiteError
 from grokkit.model import Block, Grok, Rows, run_block
-from grokkit.processes import spans_processes, to_host
+from grokkit.processes import (
+    agree,
+    by_first,
+    from_first,
+    is_first,
+    share,
+    spans_processes,
+    to_host,
+)
 from grokkit.stored_captures import (
     AFTER,
     BEFORE,
+    MANIFEST,
     Arrays,
-    CaptureFile,
     Store,
     StoredCaptures,
     layer_name,
     open_captures,
+    read_captures_json,
+    refused,
 )
 from grokkit.streamed_model import PREFILL_PART, StreamedGrok, enter, leave, run_layer
 from grokkit.taps import SITES, Capture, Change
@@ -63,18 +74,45 @@ def capture_to(
     - `rows`: prompts that run at once.
     - `progress`: show a progress bar.
     """
-    if spans_processes(mesh):
-        raise ProcessError(
-            "capture_to writes from one process; run it on the devices of one, or use "
-            "run_with_cache and save what it returns"
-        )
-    with jax.set_mesh(mesh):
+    together = spans_processes(mesh)
+    with jax.set_mesh(mesh), ExitStack() as until_done:
         sweep = _Sweep(model, mesh, tokens, lengths, captures, edits, rows)
-        store = sweep.store(directory)
-        first = store.begin(tokens, lengths)
-        if not store.is_complete:
-            sweep.run(store, first, progress)
+        store = agree(lambda: _asked_alike(sweep.store(directory)), together)
+
+        def begin() -> tuple[bool, int, list[str]]:
+            if store.is_complete:
+                store.check_request()
+                return True, 0, []
+            until_done.enter_context(store.alone())
+            return store.is_complete, *store.begin(tokens, lengths)
+
+        is_complete, first, there = share(begin, together)
+        agree(lambda: _seen_alike(directory), together)
+        if not is_complete:
+            sweep.run(store, first, there, progress and is_first())
     return open_captures(directory)
+
+
+def _asked_alike(store: Store) -> tuple[Store, dict[str, str]]:
+    """What several processes must have been asked alike."""
+    return store, {
+        name: value if isinstance(value, str) else f"those with the digest {_digest_json(value)}"
+        for name, value in store.request.items()
+    }
+
+
+def _seen_alike(directory: Path) -> tuple[None, dict[str, str]]:
+    """That every process sees the directory which process 0 writes to, since all return what it holds.
+
+    **Raises:** `CaptureError` in one that does not.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise refused(
+            directory, "the captures that process 0 has begun there", "none that this process sees",
+            "choose a directory on a file system that every machine sees",
+        )  # fmt: skip
+    digest = _digest_json(read_captures_json(directory))
+    return None, {f"captures in {directory}": f"those with the digest {digest}"}
 
 
 class _Sweep:
@@ -91,6 +129,7 @@ class _Sweep:
         rows: int | None,
     ) -> None:
         self.model, self.mesh, self.edits = model, mesh, edits
+        self.together = spans_processes(mesh)
         self.tokens, self.lengths, self.captures = tokens, lengths, captures
         self.rows = _rows(mesh, tokens, edits, rows)
         n_layers = model.config.n_layers
@@ -199,7 +238,8 @@ class _Sweep:
             "weights": "streamed from disk" if self.model.is_streamed else "in memory",
             "prompts at once": self.rows,
             "mesh": " x ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items())
-                    + f" of {self.mesh.devices.flat[0].device_kind}",
+                    + f" of {self.mesh.devices.flat[0].device_kind}"
+                    + (f", {jax.process_count()} processes" if self.together else ""),
             "dtype": jnp.dtype(self.model.dtype).name,
             "versions": f"grokkit {grokkit.__version__}, jax {jax.__version__}",
             # Which tells apart what has no name: reductions, and functions of an edit.
@@ -209,40 +249,45 @@ class _Sweep:
     def _weights(self) -> str:
         if isinstance(self.model, StreamedGrok):
             return fingerprint(self.model.checkpoint)[:32]
-        return _digest(*(np.asarray(a) for a in jax.tree.leaves(_sums(self.model))))
+        return _digest(*(to_host(a) for a in jax.tree.leaves(_sums(self.model))))
 
     # The sweep
 
-    def run(self, store: Store, first: int, progress: bool) -> None:
-        """Write every file that is not there yet.
+    def run(self, store: Store, first: int, there: list[str], progress: bool) -> None:
+        """Write every file that is not among those `there`, from layer `first` on.
+
+        Of several processes all compute, and the first writes.
 
         **Raises:** `CaptureError` if there is no room for them.
         """
         n = len(self.tokens)
-        store.check_space(4 * self.tokens.size * self.model.config.d_model)
-        rows, stream = self._enter(store, first)
+        needed = 4 * self.tokens.size * self.model.config.d_model
+        self._by_first(lambda: store.check_space(needed))
+        due = set(store.files) - set(there)
+        rows, stream = self._enter(store, due, first)
         with tqdm(
             total=self.stop * n, initial=first * n, unit="prompt", desc="capturing",
             disable=not progress,
         ) as bar:  # fmt: skip
             for layer, run in _layers(self.model, first, self.stop):
                 bar.set_postfix_str(f"layer {layer} of {self.stop}")
-                with store.writing(layer_name(layer)) as file:
+                with self._writing(store, due, layer_name(layer)) as put:
                     for at, its_rows in zip(self._chunks(), rows, strict=True):
                         x, kept = run(self._on_rows(stream[at]), its_rows, layer=jnp.int32(layer),
                                       captures=self.of_layer[layer], edits=self.edits)  # fmt: skip
-                        self._put(file, kept, at)
-                        stream[at] = np.asarray(x)
+                        put(kept, at)
+                        stream[at] = to_host(x)
                         bar.update(int(at[-1] - at[0]) + 1)
                 del run  # a layer's memory is that of the next but one
-                store.keep_stream(layer + 1, stream)
-        with store.writing(AFTER) as file:
+                self._by_first(functools.partial(store.keep_stream, layer + 1, stream))
+        with self._writing(store, due, AFTER) as put:
             for at, its_rows in zip(self._chunks() if self.after else [], rows, strict=False):
                 x = self._on_rows(stream[at])
-                self._put(
-                    file, leave(self.model.ends, x, its_rows, False, self.after, self.edits)[1], at
-                )
-        store.finish()
+                put(leave(self.model.ends, x, its_rows, False, self.after, self.edits)[1], at)
+        self._by_first(store.finish)
+
+    def _by_first(self, act: Callable[[], Any]) -> None:
+        by_first(act, self.together)
 
     def _chunks(self) -> list[np.ndarray]:
         """Which prompts run at once; the last one fills the last chunk up."""
@@ -250,27 +295,47 @@ class _Sweep:
         starts = range(0, n, self.rows)
         return [np.minimum(np.arange(start, start + self.rows), n - 1) for start in starts]
 
-    def _enter(self, store: Store, first: int) -> tuple[list[Rows], np.ndarray]:
+    def _enter(self, store: Store, due: set[str], first: int) -> tuple[list[Rows], np.ndarray]:
         """What layers need besides the stream, for each chunk; and the stream that enters `first`."""
         stream = np.empty((*self.tokens.shape, self.model.config.d_model), np.float32)
         rows = []
-        with store.writing(BEFORE) as file:
+        with self._writing(store, due, BEFORE) as put:
             for at in self._chunks():
                 ids, lengths = self._on_rows(self.tokens[at]), self._on_rows(self.lengths[at])
                 x, its_rows, kept = enter(
                     self.model.ends, ids, None, lengths, self.before, self.edits
                 )
-                stream[at] = np.asarray(x)
-                self._put(file, kept, at)
+                stream[at] = to_host(x)
+                put(kept, at)
                 rows.append(its_rows)
-        return rows, store.stream(first) if first else stream
+        if first:
+            self._by_first(lambda: np.copyto(stream, store.stream(first)))
+            for at in self._chunks():
+                stream[at] = from_first(stream[at], self.together)
+        return rows, stream
 
-    def _put(self, file: CaptureFile | None, kept: _Kept, at: np.ndarray) -> None:
-        if file is None:  # it was complete when the sweep was cut off
+    @contextmanager
+    def _writing(
+        self, store: Store, due: set[str], name: str
+    ) -> Iterator[Callable[[_Kept, np.ndarray], None]]:
+        """A function that writes what some prompts show into a file, if the file is due."""
+        if (
+            name not in due
+        ):  # nothing is captured there, or it was complete when the sweep was cut off
+            yield lambda kept, at: None
             return
-        new = int(at[-1] - at[0]) + 1  # the last chunk may repeat its last prompt
-        for name, value in to_host(kept).items():
-            file.put(name, value[:new] if self.rows < len(self.tokens) else value, int(at[0]))
+        stack, opened = ExitStack(), []
+
+        def write(found: dict[str, np.ndarray], at: np.ndarray) -> None:
+            new = int(at[-1] - at[0]) + 1  # the last chunk may repeat its last prompt
+            for key, value in found.items():
+                part = value[:new] if self.rows < len(self.tokens) else value
+                opened[0].put(key, part, int(at[0]))
+
+        with stack:
+            self._by_first(lambda: opened.append(stack.enter_context(store.writing(name))))
+            yield lambda kept, at: self._by_first(functools.partial(write, to_host(kept), at))
+            self._by_first(stack.close)
 
     def _on_rows(self, a: np.ndarray) -> Array:
         # A copy: the stream is used up by the layer, and its memory is ours.
@@ -356,3 +421,7 @@ def _digest(*arrays: np.ndarray) -> str:
         digest.update(f"{a.dtype} {a.shape}\n".encode())
         digest.update(np.ascontiguousarray(a).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

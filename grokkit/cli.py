@@ -16,7 +16,7 @@ import jax
 
 import grokkit
 from grokkit import cli_checkpoints, cli_plan, processes
-from grokkit.batch_run import Record, read_prompts
+from grokkit.batch_run import Record, batch_facts, read_prompts
 from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, stored_specs
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
@@ -304,17 +304,18 @@ def _prepare(options: argparse.Namespace) -> tuple[jax.sharding.Mesh, dict[str, 
     """The mesh, and what several processes must have been asked alike."""
     if (options.prompts is None) != (options.out is None):
         raise PromptError("--prompts FILE and --out FILE.jsonl go together; found one of them")
-    if options.prompts is not None and options.processes is not None:
-        raise ConfigError("--prompts runs in one process; leave --processes away, or use --prompt")
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     checkpoint = _open(options.checkpoint)
     mesh = _mesh(options, checkpoint)
     _check_request(options, checkpoint, mesh, prompts)
     request = {k: v for k, v in vars(options).items() if k not in _OF_EACH_PROCESS}
-    return mesh, {"request": repr(sorted(request.items(), key=lambda item: item[0]))[:2000]}
+    facts = {"request": repr(sorted(request.items(), key=lambda item: item[0]))[:2000]}
+    if prompts is not None:
+        facts |= batch_facts(prompts, _sampling(options), options.max_len, [], options.slots)
+    return mesh, facts
 
 
-_OF_EACH_PROCESS = {"run", "checkpoint", "process", "no_progress"}
+_OF_EACH_PROCESS = {"run", "checkpoint", "prompts", "out", "process", "no_progress"}
 
 
 def _join_processes(options: argparse.Namespace) -> None:
@@ -350,6 +351,8 @@ def _sample_all(options: argparse.Namespace, lm: grokkit.LanguageModel, prompts:
         prompts, lm, options.out, slots=options.slots, max_len=options.max_len,
         progress=not options.no_progress, **vars(_sampling(options)),
     )  # fmt: skip
+    if not processes.is_first():
+        return
     refused = [c for c in found if c.finish_reason == "refused"]
     for completion in refused:
         print(f"grokkit: prompt {completion.index}: {completion.error}", file=sys.stderr)
@@ -399,7 +402,10 @@ def _check_request(
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, checkpoint.config.vocab_size)
     if prompts is not None:
         # One that does not fit is refused by itself; a file of something else, altogether.
-        Record(Path(options.out), prompts, _sampling(options), options.max_len, []).read()
+        if processes.is_first():
+            record = Record(Path(options.out), prompts, _sampling(options), options.max_len, [])
+            with record.alone():
+                record.read()
         return
     check_prompts(checkpoint.config, mesh, [tokenizer.encode(options.prompt)], options.max_len)
 

@@ -17,7 +17,7 @@ from grokkit.checkpoint import (
     open_checkpoint,
     stored_specs,
 )
-from grokkit.checkpoint.manifest import sha256
+from grokkit.checkpoint.manifest import read_manifest, sha256
 from grokkit.config import GrokConfig
 from grokkit.errors import CheckpointError, ConfigError
 from grokkit.language_model import LanguageModel
@@ -79,7 +79,8 @@ def load(
         a CPU and bfloat16 elsewhere.
     - `progress`: show a progress bar, in bytes.
     - `check`: read all float values first and refuse NaN or infinite ones; of a conversion, all
-        files, and refuse altered ones.
+        files, and refuse altered ones. Each of several processes does so with the files that it
+        sees, and all their bytes are compared.
     - `stream`: leave the layers on disk. Each pass reads them one after the other, the next while
         one is used, and holds two at most; all else, results included, is as with the model in
         memory. For one that does not fit: a pass takes at least as long as reading the files.
@@ -125,15 +126,41 @@ def _prepare(
         raise CheckpointError(f"dtype must be float32 or bfloat16, found {dtype!r}")
     file = checkpoint.tokenizer_file
     tokenizer = None if file is None else Tokenizer.from_file(file, config.vocab_size)
-    if check and is_first():
+    if check:
         check_content(checkpoint, progress)
     facts = {}
     if together:
-        facts = {
-            "configuration": repr(config),
-            "checkpoint": f"one with the digest {fingerprint(checkpoint)[:16]}",
-            "tokenizer": "none" if file is None else f"one with the digest {sha256(file)[:16]}",
-            "mesh": " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-            "dtype": jnp.dtype(dtype).name,
-        }
+        # A conversion's digests of all files are in its fingerprint, and have just been checked.
+        whole = check and not read_manifest(checkpoint.directory)
+        facts = load_facts(checkpoint, mesh, dtype, file, whole, progress)
     return (checkpoint, mesh, dtype, tokenizer), facts
+
+
+def load_facts(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    dtype: Any,
+    tokenizer: Path | None,
+    whole: bool = False,
+    progress: bool = False,
+) -> dict[str, str]:
+    """What must be the same in all processes that share a model, for `processes.agree`.
+
+    **Arguments:**
+
+    - `checkpoint`, `mesh`, `dtype`: what is loaded, where to and as what.
+    - `tokenizer`: its file, if there is one.
+    - `whole`, `progress`: whether to compare all of the checkpoint's files, as for `fingerprint`.
+    """
+    import grokkit  # its version is made after this module
+
+    return {
+        "versions": f"grokkit {grokkit.__version__}, jax {jax.__version__}",
+        "configuration": repr(checkpoint.config),
+        "checkpoint": f"one with the digest {fingerprint(checkpoint, whole, progress)[:16]}",
+        "tokenizer": "none"
+        if tokenizer is None
+        else f"one with the digest {sha256(tokenizer)[:16]}",
+        "mesh": " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "dtype": jnp.dtype(dtype).name,
+    }

@@ -124,7 +124,7 @@ def agree(prepare: Callable[[], tuple[T, dict[str, str]]], together: bool) -> T:
     if failed:
         i = failed[0]
         raise ProcessError(f"{_called(i, everyone)} stopped: {everyone[i]['error']}")
-    for name in facts:
+    for name in dict.fromkeys(name for other in everyone for name in other["facts"]):
         values = [other["facts"].get(name) for other in everyone]
         for i, value in enumerate(values):
             if value != values[0]:
@@ -135,6 +135,47 @@ def agree(prepare: Callable[[], tuple[T, dict[str, str]]], together: bool) -> T:
                     f"  what to do: give every process the same options and the same files"
                 )
     return result  # type: ignore[return-value]
+
+
+def by_first(act: Callable[[], T], together: bool) -> T | None:
+    """Do something in process 0 alone, such as writing a file; all go on only if it succeeded.
+
+    **Arguments:**
+
+    - `act`: what process 0 does.
+    - `together`: whether several processes take part; with `False`, this one does it.
+
+    **Returns:** what `act` returned, in process 0; `None` in the others.
+
+    **Raises:** what `act` raised, in process 0; `ProcessError` in the others.
+    """
+    mine = not together or is_first()
+    return agree(lambda: (act() if mine else None, {}), together)
+
+
+def share(decide: Callable[[], T], together: bool) -> T:
+    """What process 0 decides, told to all of them.
+
+    **Arguments:**
+
+    - `decide`: gives what JSON can hold. Process 0 alone calls it.
+    - `together`: as for `by_first`.
+
+    **Raises:** as `by_first`.
+    """
+    decided = by_first(decide, together)
+    if not together:
+        return decided  # type: ignore[return-value]
+    text = np.frombuffer(json.dumps(decided).encode(), np.uint8)
+    size = int(from_first(np.array(len(text), np.int32), together))
+    return json.loads(from_first(np.resize(text, size), together).tobytes())
+
+
+def from_first(array: np.ndarray, together: bool) -> np.ndarray:
+    """Process 0's array; the others give one of the same shape and dtype, whose values are lost."""
+    if not together:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array, is_source=is_first()))
 
 
 def _called(i: int, everyone: list[dict[str, Any]]) -> str:

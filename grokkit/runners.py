@@ -24,12 +24,14 @@ from jax.sharding import AxisType, Mesh
 
 from grokkit import compilation_cache
 from grokkit.batching import ContinuousBatch
-from grokkit.checkpoint import load_params, open_checkpoint, stored_specs
+from grokkit.checkpoint import Checkpoint, load_params, open_checkpoint, stored_specs
 from grokkit.checkpoint.official import CONFIG_FILE
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
 from grokkit.language_model import LanguageModel
+from grokkit.loading import load_facts
 from grokkit.model import check_mesh, param_specs
+from grokkit.processes import agree, is_first, spans_processes
 from grokkit.sharding import make_mesh
 from grokkit.tokenizer import Tokenizer
 
@@ -175,15 +177,29 @@ class ModelRunner:
                 "checkpoint_path: expected the directory that holds ckpt-0/, found nothing; random "
                 "weights, which the original makes then, are of no use for inference"
             )
+        together = spans_processes(mesh)
+        checkpoint, specs, tokenizer = agree(
+            lambda: self._prepare(mesh, tokenizer_path, together), together
+        )
+        compilation_cache.enable()
+        model = load_params(checkpoint, specs, mesh, progress=is_first())
+        return LanguageModel(model, mesh, tokenizer, name)
+
+    def _prepare(
+        self, mesh: Mesh, tokenizer_path: str, together: bool
+    ) -> tuple[tuple[Checkpoint, Any, Tokenizer], dict[str, str]]:
+        """What is checked, and what must be the same in all processes."""
         config = self.model.to_config()
         checkpoint = open_checkpoint(self.checkpoint_path, config)
         _same_as_file(config, checkpoint.directory)
-        specs = stored_specs(checkpoint, param_specs(config, self.model.fprop_dtype))
+        dtype = self.model.fprop_dtype
+        specs = stored_specs(checkpoint, param_specs(config, dtype))
         check_mesh(config, mesh, specs)
-        tokenizer = Tokenizer.from_file(tokenizer_path, config.vocab_size)
-        compilation_cache.enable()
-        model = load_params(checkpoint, specs, mesh)
-        return LanguageModel(model, mesh, tokenizer, name)
+        path = Path(tokenizer_path)
+        tokenizer = Tokenizer.from_file(path, config.vocab_size)
+        facts = load_facts(checkpoint, mesh, dtype, path) if together else {}
+        facts["sequences at once"] = str(self.n_slots(mesh))
+        return (checkpoint, specs, tokenizer), facts
 
 
 def _same_as_file(config: GrokConfig, directory: Path) -> None:
@@ -328,12 +344,16 @@ def _mesh(local: Sequence[int], between_hosts: Sequence[int]) -> Mesh:
         )
     if processes == 1:
         return make_mesh(local[0], local[1])
-    if between_hosts[0] > 1:
-        raise ConfigError(
-            f"between_hosts_config {tuple(between_hosts)} spreads the batch over processes, each of "
-            f"which would see a part of the texts; expected (1, {processes})"
-        )
+    n, chosen = math.prod(local), []
+    for process in range(processes):
+        own = [d for d in jax.devices() if d.process_index == process]
+        if len(own) < n:
+            raise ConfigError(
+                f"local_mesh_config {tuple(local)} needs {n} devices in each process, and process "
+                f"{process} has {len(own)}"
+            )
+        chosen += own[:n]
     devices = mesh_utils.create_hybrid_device_mesh(
-        tuple(local), tuple(between_hosts), devices=jax.devices(), process_is_granule=True
+        tuple(local), tuple(between_hosts), devices=chosen, process_is_granule=True
     )
     return Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)

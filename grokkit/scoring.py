@@ -18,7 +18,7 @@ from grokkit.errors import PromptError
 from grokkit.generate import PREFILL_PART, check_prompt, pad_right, padded_length
 from grokkit.kv_cache import KVCache
 from grokkit.model import Ends, Grok, Rows
-from grokkit.processes import to_host
+from grokkit.processes import is_first, to_host
 from grokkit.streamed_model import StreamedGrok
 
 Text = str | Sequence[str]
@@ -172,8 +172,9 @@ def perplexity(
         check_prompt(model.config, row, 0, "the text")
     total, seen = 0.0, 1
     with tqdm(
-        total=len(ids) - 1, unit="token", desc="perplexity", disable=not progress or len(rows) < 2
-    ) as bar:
+        total=len(ids) - 1, unit="token", desc="perplexity",
+        disable=not (progress and is_first() and len(rows) > 1),
+    ) as bar:  # fmt: skip
         at_once = mesh.shape["data"] * max(1, PREFILL_PART // window)
         at_once *= _groups_a_pass(model, at_once * window)
         for i in range(0, len(rows), at_once):

@@ -9,6 +9,7 @@ layer-00.safetensors   each as `ActivationCache.save` writes it, with this layer
 after.safetensors      sites after the layers
 complete               written last
 stream-05.safetensors  while it is incomplete: the residual stream that enters the next layer
+.lock                  while it is written to: held by the process that does
 ```
 
 Only files that hold something are there. Each is written under a temporary name first.
@@ -32,9 +33,11 @@ from grokkit.activation_cache import Activation, ActivationCache, Layers
 from grokkit.checkpoint.manifest import read_json, write_json
 from grokkit.checkpoint.safetensors_file import DATA_TYPES, encode_header
 from grokkit.errors import CaptureError, CheckpointError
+from grokkit.file_lock import locked
 
 MANIFEST = "captures.json"
 COMPLETE = "complete"
+LOCK = ".lock"
 PROMPTS = "prompts.safetensors"
 BEFORE, AFTER = "before.safetensors", "after.safetensors"
 
@@ -113,12 +116,11 @@ class Store:
         """Whether every file is there."""
         return (self.directory / COMPLETE).exists()
 
-    def begin(self, tokens: np.ndarray, lengths: np.ndarray) -> int:
-        """Make the directory, or go on with what is in it.
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Make the directory, and keep others from writing into it meanwhile.
 
-        **Returns:** the layer to begin at.
-
-        **Raises:** `CaptureError` if what is there was not begun by the same request.
+        **Raises:** `CaptureError` if one does, or if there can be no such directory.
         """
         folder = self.directory
         if not folder.parent.is_dir():
@@ -126,12 +128,30 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise refused(folder, "a new or empty directory", "a file", "choose another name")
         folder.mkdir(exist_ok=True)
+
+        def busy(holder: str) -> CaptureError:
+            return refused(
+                folder, "a directory that nothing else writes into", f"{holder} writing captures",
+                "wait until that has ended, or choose another directory",
+            )  # fmt: skip
+
+        with locked(folder / LOCK, busy):
+            yield
+
+    def begin(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[int, list[str]]:
+        """Begin to fill the directory, or go on with what is in it.
+
+        **Returns:** the layer to begin at, and the files that are complete.
+
+        **Raises:** `CaptureError` if what is there was not begun by the same request.
+        """
+        folder = self.directory
         for unfinished in folder.glob(".*.tmp"):
             unfinished.unlink()
         if (folder / MANIFEST).exists():
-            self._check_request()
-            return self._next_layer()
-        others = [path.name for path in folder.iterdir() if path.name != PROMPTS]
+            self.check_request()
+            return self._next_layer(), [name for name in self.files if self._is_there(name)]
+        others = [path.name for path in folder.iterdir() if path.name not in (PROMPTS, LOCK)]
         if others:
             raise refused(
                 folder, "a new or empty directory, or captures that were cut off",
@@ -145,9 +165,10 @@ class Store:
             "format": _FORMAT, "version": _VERSION, "request": self.request,
             "captures": self.notes, "files": {name: self.size(name) for name in self.files},
         })  # fmt: skip
-        return 0
+        return 0, []
 
-    def _check_request(self) -> None:
+    def check_request(self) -> None:
+        """**Raises:** `CaptureError` if the directory holds the captures of another request."""
         there = read_captures_json(self.directory)["request"]
         names = [n for n in {**there, **self.request} if there.get(n) != self.request.get(n)]
         if names:
@@ -191,14 +212,8 @@ class Store:
             )  # fmt: skip
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator["CaptureFile | None"]:
-        """A file of captures to fill; it gets its name when it is complete.
-
-        `None` if nothing is captured there, or it is complete already.
-        """
-        if name not in self.files or self._is_there(name):
-            yield None
-            return
+    def writing(self, name: str) -> Iterator["CaptureFile"]:
+        """A file of captures to fill; it gets its name when it is complete."""
         path = self.directory / name
         with self._room(), _replacing(path) as file:
             yield CaptureFile(file, self.header(name), self.files[name])

@@ -135,6 +135,25 @@ def test_files_of_other_prompts_or_settings_are_left_alone(lm, tmp_path):
     assert other.read_text() == "my notes\n"
 
 
+def test_two_that_write_to_one_file(lm, tmp_path, monkeypatch):
+    """The second is refused while the first is at it; a lock that was left is in nobody's way."""
+    out, add = tmp_path / "out.jsonl", Record.add
+    settings = {"max_len": 2, "slots": 2, "progress": False}
+    (tmp_path / ".out.jsonl.lock").write_text("process 1 on another host")
+    refused = []
+
+    def meanwhile(*arguments):
+        with pytest.raises(PromptError, match=rf"out.jsonl: process {os.getpid()} on .* writing"):
+            grokkit.batch(["Two", "Three"], lm, out, **settings)
+        refused.append(arguments)
+        add(*arguments)
+
+    monkeypatch.setattr(Record, "add", meanwhile)
+    grokkit.batch(["Two", "Three"], lm, out, **settings)
+    assert len(refused) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
 @pytest.mark.parametrize(
     "prompts, changes, message",
     [

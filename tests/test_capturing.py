@@ -1,6 +1,7 @@
 """Captures written to disk: the values of `run_with_cache`, and the same bytes after any end."""
 
 import errno
+import os
 import random
 import shutil
 import signal
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 
 import grokkit
 from grokkit import Capture, capturing, stored_captures
-from grokkit.errors import CaptureError, ProcessError, PromptError, SiteError
+from grokkit.errors import CaptureError, PromptError, SiteError
 from grokkit.inspection import as_captures
 from grokkit.model import place
 from grokkit.stored_captures import Layers, StoredCaptures, open_captures
@@ -370,10 +371,26 @@ def test_too_little_space(streamed, tokens, tmp_path, monkeypatch):
         write(streamed, tmp_path / "x", tokens)
 
 
-def test_what_cannot_be_written(streamed, tokens, tmp_path, monkeypatch):
+def test_what_cannot_be_written(streamed, tokens, tmp_path):
     with pytest.raises(SiteError, match="only single arrays can be written"):
         write(streamed, tmp_path / "x", tokens, Capture("z", reduce=lambda z: (z, z)))
-    monkeypatch.setattr(capturing, "spans_processes", lambda mesh: True)
-    with pytest.raises(ProcessError, match="writes from one process"):
-        write(streamed, tmp_path / "x", tokens)
     assert not (tmp_path / "x").exists()
+
+
+def test_two_that_write_into_one_directory(streamed, tokens, written, tmp_path, monkeypatch):
+    """The second is refused while the first is at it, and goes on where that was killed."""
+    put, tried = stored_captures.CaptureFile.put, []
+
+    def meanwhile(*arguments):
+        if not tried:
+            with pytest.raises(CaptureError, match=rf"found: process {os.getpid()} on .* writing"):
+                tried.append(write(streamed, tmp_path / "x", tokens))
+            tried.append(None)
+            shutil.copytree(tmp_path / "x", tmp_path / "left")
+        put(*arguments)
+
+    monkeypatch.setattr(stored_captures.CaptureFile, "put", meanwhile)
+    write(streamed, tmp_path / "x", tokens)
+    assert tried == [None] and (tmp_path / "left" / ".lock").exists()
+    write(streamed, tmp_path / "left", tokens)
+    assert files(tmp_path / "x") == files(tmp_path / "left") == files(written.directory)

@@ -32,6 +32,7 @@ from grokkit.language_model import LanguageModel, Tokens
 from grokkit.layers.rms_norm import RMSNorm
 from grokkit.model import Ends
 from grokkit.numerics import einsum32
+from grokkit.processes import to_host
 from grokkit.quant import QuantizedArray, dequantize
 from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture
@@ -120,10 +121,10 @@ def logit_attribution(
         ids[0] = np.broadcast_to(ids[0], ids[1].shape)
     last = Capture("resid_post", layers=(-1,), positions=places, name="stream")
     cache = _capture(lm, tokens, places, last, Capture("logits", positions=places))
-    logits = np.asarray(cache["logits"])
+    logits = to_host(cache["logits"])
     picked = [np.take_along_axis(logits, i, axis=-1) for i in ids]
     total = picked[0] if len(ids) == 1 else picked[0] - picked[1]
-    stream = np.asarray(cache["stream"])[0]
+    stream = to_host(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
         direction = _logit_direction(
             lm.runnable.ends, stream, tuple(jnp.asarray(i, jnp.int32) for i in ids)
@@ -166,7 +167,7 @@ def router_attribution(
         Capture("resid_mid", layers=(layer,), positions=places, name="stream"),
         Capture("router_logits", layers=(layer,), positions=places),
     )  # fmt: skip
-    logits = np.asarray(cache["router_logits"])[0]
+    logits = to_host(cache["router_logits"])[0]
     k = lm.config.n_experts_per_token
     ranked = np.argsort(-logits, axis=-1, kind="stable")
     first = ranked[..., k - 1 : k]
@@ -180,7 +181,7 @@ def router_attribution(
     if second is not None:
         sign = sign - np.eye(n_experts, dtype=np.float32)[second]
     total = np.einsum("bpte,bpe->bpt", sign, logits)
-    stream = np.asarray(cache["stream"])[0]
+    stream = to_host(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
         of_router = _weights(lm, layer, lambda b: (b.moe.router, b.moe_norm))
         direction = _router_direction(of_router, jnp.asarray(stream), jnp.asarray(sign))
@@ -310,9 +311,9 @@ def _attribute(
 ) -> Attribution:
     """Put the terms together; `last_experts`: whether the last layer's experts have any."""
     whole = NamedSharding(lm.mesh, P())
-    used = {n: np.asarray(cache[n]) for n in _WRITTEN if n != "expert_indices"}
+    used = {n: to_host(cache[n]) for n in _WRITTEN if n != "expert_indices"}
     with jax.set_mesh(lm.mesh):
-        embed = np.asarray(_of_embed(direction, jax.device_put(used.pop("embed"), whole)))
+        embed = to_host(_of_embed(direction, jax.device_put(used.pop("embed"), whole)))
         terms = []
         for layer in range(n_layers):
             weights = _weights(
@@ -321,9 +322,9 @@ def _attribute(
             written = {name: value[layer] for name, value in used.items()}
             written = jax.device_put(written, whole)
             terms.append(_of_layer(weights, lm.config.n_heads, direction, written))
-    heads, chosen = (np.stack([np.asarray(t) for t in of]) for of in zip(*terms, strict=True))
+    heads, chosen = (np.stack(to_host(of)) for of in zip(*terms, strict=True))
     n_experts = n_layers if last_experts else n_layers - 1
-    chosen, indices = chosen[:n_experts], np.asarray(cache["expert_indices"])[:n_experts]
+    chosen, indices = chosen[:n_experts], to_host(cache["expert_indices"])[:n_experts]
     is_expert = indices[..., None] == np.arange(lm.config.n_experts)
     experts = np.einsum("lbpce,lbpct->lbpet", is_expert.astype(np.float32), chosen)
     return Attribution(embed, np.moveaxis(heads, 3, 4), experts, total, places)

@@ -28,6 +28,7 @@ from grokkit.errors import GrokkitError, SiteError
 from grokkit.kv_cache import KVCache
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.model import Grok
+from grokkit.processes import is_first, to_host
 from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Change
 
@@ -72,7 +73,7 @@ def next_token_losses(
     ids, lengths = lm.prepare(tokens)
     with jax.set_mesh(lm.mesh):
         losses = _losses(lm.runnable, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
-    return np.where(_scored(lm, ids, lengths), np.asarray(losses), np.nan)
+    return np.where(_scored(lm, ids, lengths), to_host(losses), np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +149,13 @@ def forced_choices(
     with jax.set_mesh(lm.mesh):
         empty = KVCache.empty(config, len(ids), ids.shape[1], lm.runnable.dtype, lm.mesh)
         cache, clean = _prefill(lm.runnable, ids, lengths, empty)
-        clean = np.where(scored, np.asarray(clean), np.nan)
+        clean = np.where(scored, to_host(clean), np.nan)
         loss = np.full((*scored.shape, len(wanted), len(sets)), np.nan)
         places = np.argwhere(scored)
         n_cases = len(places) * loss[0, 0].size
-        bar = tqdm(total=n_cases, desc="forced choices", unit="case", disable=not progress)
+        bar = tqdm(
+            total=n_cases, desc="forced choices", unit="case", disable=not (progress and is_first())
+        )
         with bar:
             for batch, position, i_layer, i_set in _chunks(places, len(wanted), len(sets), rows):
                 n = len(batch)
@@ -163,7 +166,7 @@ def forced_choices(
                     lm.runnable, cache, batch[full], position[full], ids[batch, position][full],
                     ids[batch, position + 1][full], _on_mesh(lm, [edit], [1] * rows),
                 )  # fmt: skip
-                loss[batch, position, i_layer, i_set] = np.asarray(found)[:n]
+                loss[batch, position, i_layer, i_set] = to_host(found)[:n]
                 bar.update(n)
     return ForcedChoices(sets, wanted, clean, loss)
 
@@ -245,7 +248,7 @@ def remove_experts(
             taken = np.minimum(np.arange(start, start + rows), len(ids) - 1)
             found = _losses(lm.runnable, ids[taken], lengths[taken],
                             _on_mesh(lm, edits, lengths[taken].tolist()))  # fmt: skip
-            parts.append(np.asarray(found)[: len(ids) - start])
+            parts.append(to_host(found)[: len(ids) - start])
         return np.where(scored, np.concatenate(parts), 0).sum(axis=1) / scored.sum(axis=1)
 
     def removal(layer: int | None, expert: int) -> Edit:
@@ -258,7 +261,9 @@ def remove_experts(
     loss = np.empty((len(entries), config.n_experts, len(ids)))
     with jax.set_mesh(lm.mesh):
         clean = means([])
-        with tqdm(total=loss[..., 0].size, desc=f"{method} experts", disable=not progress) as bar:
+        with tqdm(
+            total=loss[..., 0].size, desc=f"{method} experts", disable=not (progress and is_first())
+        ) as bar:
             for i, layer in enumerate(entries):
                 for expert in range(config.n_experts):
                     loss[i, expert] = means([removal(layer, expert)])

@@ -27,6 +27,7 @@ from grokkit.errors import GrokkitError, PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.model import Ends
 from grokkit.numerics import einsum32
+from grokkit.processes import is_first, to_host
 from grokkit.taps import SITES, Capture
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -139,7 +140,7 @@ def logit_lens(
     _, cache = lm.run_with_cache(tokens, [*sites, Capture("final_norm")])
     depths = _depths(sites, lm.config.n_layers)
     parts = [cache[site] if layer is None else cache[site, layer] for site, layer in depths]
-    stream, final = np.stack([np.asarray(p) for p in parts]), np.asarray(cache["final_norm"])
+    stream, final = np.stack(to_host(parts)), to_host(cache["final_norm"])
     maps = None if tuned is None else (tuned.weight, tuned.bias)
     n = stream.shape[2]
     step = max(1, min(n, _LOGITS_AT_ONCE // (stream.shape[1] * lm.config.vocab_size)))
@@ -153,7 +154,7 @@ def logit_lens(
         with jax.set_mesh(lm.mesh):
             piece = _read(lm.runnable.ends, states, last, shared, ids, top)
         fresh = slice(start - at.start, None)
-        found.append([np.asarray(p)[:, :, fresh] for p in piece])
+        found.append([p[:, :, fresh] for p in to_host(piece)])
     kl, log_probs, best, followed = (np.concatenate(p, axis=2) for p in zip(*found, strict=True))
     return LensReading(depths, best, log_probs, kl, followed)
 
@@ -212,17 +213,17 @@ def fit_tuned_lens(
         return optax.apply_updates(lens, updates), state, losses  # pyright: ignore[reportArgumentType]
 
     rng, order, history = np.random.default_rng(seed), np.empty(0, int), []
-    for _ in tqdm(range(steps), desc="tuned lens", disable=not progress):
+    for _ in tqdm(range(steps), desc="tuned lens", disable=not (progress and is_first())):
         if len(order) < batch:
             order = rng.permutation(len(tokens))
         rows, order = tokens[order[:batch]], order[batch:]
         _, cache = lm.run_with_cache(rows, [site, "final_norm"])
-        stream, final = (np.asarray(cache[name]) for name in (site, "final_norm"))
+        stream, final = (to_host(cache[name]) for name in (site, "final_norm"))
         stream, final = _place(lm, (stream, final))
         with jax.set_mesh(lm.mesh):
             lens, state, losses = update(lm.runnable.ends, lens, state, stream, final)
-        history.append(np.asarray(losses))
-    weight, bias = (jnp.asarray(np.asarray(a)) for a in (lens.weight, lens.bias))
+        history.append(to_host(losses))
+    weight, bias = (jnp.asarray(to_host(a)) for a in (lens.weight, lens.bias))
     return TunedLens(weight, bias, site), np.stack(history)
 
 

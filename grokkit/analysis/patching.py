@@ -28,6 +28,7 @@ from grokkit.edits import Add, resolve, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.model import Block, Ends, Grok, Resume, Rows, run_block
+from grokkit.processes import is_first, to_host
 from grokkit.streamed_model import StreamedGrok, enter
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
@@ -137,7 +138,9 @@ def patch(
     ids = np.repeat(tokens, rows, axis=0)
     lengths = np.full(rows, runs.n_positions, np.int32)
     results = []
-    with tqdm(total=len(cases), desc=f"patching {grid.perturbed}", disable=not progress) as bar:
+    with tqdm(
+        total=len(cases), desc=f"patching {grid.perturbed}", disable=not (progress and is_first())
+    ) as bar:
         for start in range(0, len(cases), rows):
             # The last chunk repeats its last case, to keep one shape.
             chunk = np.minimum(np.arange(start, start + rows), len(cases) - 1)
@@ -148,7 +151,7 @@ def patch(
             stream = np.repeat(runs.corrupted["resid_pre"][first, None], rows, axis=0)
             resume = Resume(jnp.asarray(first), jnp.asarray(stream))
             with jax.set_mesh(lm.mesh):
-                found = np.asarray(_measure(lm.runnable, ids, lengths, edits, metric, resume))
+                found = to_host(_measure(lm.runnable, ids, lengths, edits, metric, resume))
             kept = min(rows, len(cases) - start)
             results.append(found[:kept])
             bar.update(kept)
@@ -195,7 +198,7 @@ def attribution_patch(
             streams = (runs.clean if at == "clean" else runs.corrupted)["resid_pre"]
             gradient = _streamed_gradient(model, ids, lengths, edit, metric, streams)
         else:
-            gradient = np.asarray(_gradient(model, ids, lengths, edit, metric))
+            gradient = to_host(_gradient(model, ids, lengths, edit, metric))
     clean_value, corrupted_value = values
     estimate = np.float32(corrupted_value) + grid.project(gradient[:, 0], runs)
     return Sweep(estimate, clean_value, corrupted_value, grid.perturbed, grid.axis)
@@ -267,7 +270,7 @@ def _streamed_gradient(
                 leaving = _leaving(block, jax.device_put(x, layout), edit.value, *at)
                 pulled = _of_metric(ends, leaving, rows, metric)
             pulled, of_layer = _pull(block, jax.device_put(x, layout), pulled, *at)
-            found.append(np.asarray(of_layer))
+            found.append(to_host(of_layer))
             jax.block_until_ready(pulled)
             del block
     return np.stack(found[::-1])
@@ -319,12 +322,12 @@ def _both_runs(
     for row in ids:
         tiled = np.repeat(row, lm.mesh.shape["data"], axis=0)
         logits, cache = lm.run_with_cache(tiled, sites)
-        value = np.asarray(metric(jnp.asarray(np.asarray(logits[:1]))))
+        value = np.asarray(metric(jnp.asarray(to_host(logits[:1]))))
         if value.shape != (1,):
             raise PromptError(f"metric: expected one number for each row, shape (1,) for 1 row, "
                               f"found shape {value.shape}")  # fmt: skip
         values.append(float(value[0]))
-        kept.append({name: np.asarray(cache[name][:, 0]) for name in sites})
+        kept.append({name: to_host(cache[name][:, 0]) for name in sites})
     n = ids[0].shape[1]
     return Runs(lm.config, n, *kept), ids[1], (values[0], values[1])
 
