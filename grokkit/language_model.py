@@ -30,6 +30,7 @@ from grokkit.inspection import (
     bill,
 )
 from grokkit.model import Grok, Output
+from grokkit.processes import same_call, spans_processes
 from grokkit.sampling import Allowed, Sampling
 from grokkit.scoring import Score
 from grokkit.sharding import abstract, release
@@ -198,7 +199,8 @@ class LanguageModel:
         """As `run_with_cache`, written to disk layer by layer, so that little is ever in memory.
 
         All prompts share one pass over the layers. If it is cut off, the same call goes on at the
-        layer where it stopped and gives the same files; once all is there it only opens them.
+        layer where it stopped and gives the same files; once all is there it only opens them. Of
+        several processes all make the same call: process 0 writes, and all read what is there.
 
         **Arguments:**
 
@@ -213,8 +215,8 @@ class LanguageModel:
         for. `grokkit.open_captures(directory)` opens it again.
 
         **Raises:** `CaptureError` if the directory holds something else, or the captures of another
-        request; or if the disk is too full. `SiteError` and `PromptError` as `run_with_cache`;
-        `ProcessError` on several processes.
+        request, or if another process writes there; or if the disk is too full. `SiteError` and
+        `PromptError` as `run_with_cache`; `ProcessError` if several processes differ or one fails.
         """
         ids, lengths = self.prepare(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
@@ -230,7 +232,7 @@ class LanguageModel:
         Of a model streamed from disk it also says how long a pass reads, at the rate of the passes
         made so far; before the first, one matrix is read to measure it.
         """
-        ids, lengths = self.prepare(tokens)
+        ids, lengths = self._rows(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
         model = self.runnable
         if isinstance(model, StreamedGrok):
@@ -257,7 +259,15 @@ class LanguageModel:
     def prepare(
         self, tokens: Tokens
     ) -> tuple[Int[np.ndarray, "batch position"], Int[np.ndarray, " batch"]]:
-        """Token ids as rows and how many of each are real. **Raises:** `PromptError`."""
+        """Token ids as rows and how many of each are real. Several processes must all call it.
+
+        **Raises:** `PromptError`; `ProcessError` if other processes have other tokens.
+        """
+        ids, lengths = self._rows(tokens)
+        same_call("a pass over tokens", ids.tolist(), spans_processes(self.mesh))
+        return ids, lengths
+
+    def _rows(self, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(tokens, str) or (len(tokens) and isinstance(tokens[0], str)):
             texts = [tokens] if isinstance(tokens, str) else list(tokens)  # type: ignore[list-item]
             ids = self.to_tokens(texts)  # type: ignore[arg-type]
@@ -285,6 +295,7 @@ class LanguageModel:
         self, prompt: Text | Sequence[int], continuation: Text | Sequence[int]
     ) -> Score | list[Score]:
         """How probable the model holds a given continuation, token by token; see `scoring.score`."""
+        same_call("score", (prompt, continuation), spans_processes(self.mesh))
         return scoring.score(
             self.runnable, self.mesh, lambda text: self.tokenizer.encode(text), prompt, continuation
         )
@@ -298,6 +309,7 @@ class LanguageModel:
     ) -> float:
         """Perplexity of a text of any length, by a sliding window; see `scoring.perplexity`."""
         ids = self.tokenizer.encode(text) if isinstance(text, str) else [*map(int, text)]
+        same_call("perplexity", (ids, window, stride), spans_processes(self.mesh))
         return scoring.perplexity(self.runnable, self.mesh, ids, window, stride, progress)
 
     # Generating
@@ -387,6 +399,8 @@ class LanguageModel:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [self.tokenizer.encode(p) for p in prompts]
         lengths = [len(p) for p in ids]
+        asked = prompts, max_len, sampling, [c.key for c in captures]
+        same_call("generate", asked, spans_processes(self.mesh))
         recorder = GenerationRecorder(captures, self.config, lengths) if captures else None
         rounds = generate_tokens(
             self.runnable, self.mesh, ids, max_len, sampling, captures=captures,
@@ -428,6 +442,7 @@ class LanguageModel:
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, allowed)
+        same_call("stream", (ids, max_len, sampling), spans_processes(self.mesh))
         copies = [ids] * self.mesh.shape["data"]
         rounds = generate_tokens(
             self.runnable, self.mesh, copies, max_len, sampling, block=1,

@@ -4,6 +4,7 @@ JAX does the work itself (`jax.distributed`): every process runs the same progra
 devices. What is here keeps a mistake in one of them from leaving the others waiting.
 """
 
+import hashlib
 import json
 import socket
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from grokkit.errors import ProcessError
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for this long counts as dead, and ends the others."""
 
-_RECORD = 8192  # bytes of what a process tells the others
+_RECORD = 1 << 15  # bytes of what a process tells the others
 _LONGEST = 3000  # characters of a message in it
 
 T = TypeVar("T")
@@ -132,17 +133,38 @@ def agree(prepare: Callable[[], tuple[T, dict[str, str]]], together: bool) -> T:
                     f"the processes do not have the same {name}\n"
                     f"  {_called(0, everyone)}: {values[0]}\n"
                     f"  {_called(i, everyone)}: {value}\n"
-                    f"  what to do: give every process the same options and the same files"
+                    f"  what to do: let every process make the same calls, with the same texts, "
+                    f"options and files"
                 )
     return result  # type: ignore[return-value]
 
 
-def by_first(act: Callable[[], T], together: bool) -> T | None:
+def same_call(name: str, what: Any, together: bool) -> None:
+    """See that all processes make the same call, before they wait for each other in it.
+
+    **Arguments:**
+
+    - `name`: what is called.
+    - `what`: its arguments, as far as their `repr` is the same in every process.
+    - `together`: whether several processes take part; with `False` there is nothing to see.
+
+    **Raises:** `ProcessError` in all of them if they do not.
+    """
+
+    def facts() -> tuple[None, dict[str, str]]:
+        text = repr(what)
+        digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+        return None, {"call": f"{name} of {text[:200]}, with the digest {digest}"}
+
+    agree(facts, together)
+
+
+def by_first(act: Callable[[], T], together: bool = True) -> T | None:
     """Do something in process 0 alone, such as writing a file; all go on only if it succeeded.
 
     **Arguments:**
 
-    - `act`: what process 0 does.
+    - `act`: what process 0 does. The others wait, however long it takes.
     - `together`: whether several processes take part; with `False`, this one does it.
 
     **Returns:** what `act` returned, in process 0; `None` in the others.

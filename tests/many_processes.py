@@ -150,10 +150,14 @@ def message(call) -> str:
 def of_files(index: int, checkpoint: str, folder: Path) -> None:
     lm = grokkit.load(checkpoint, dtype="float32", progress=False)
     own = folder / f"of {index}"  # what only this process sees
+    mine = [PROMPT, "She said"][index]
     errors = {
+        "call": message(lambda: lm(mine)),
+        "kinds": message(lambda: lm.generate(PROMPT) if index else lm.score(PROMPT, " fox")),
+        "seeds": message(lambda: lm.generate(PROMPT, seed=index)),
         "batch": message(lambda: grokkit.batch(PROMPTS, lm, **BATCH | {"max_len": 9 + index})),
         "file": message(lambda: grokkit.batch(PROMPTS, lm, own / "notes.txt", **BATCH)),
-        "prompts": message(lambda: capture(lm, folder / "x", [PROMPT, "She", "said"][: 2 + index])),
+        "captures": message(lambda: capture(lm, folder / "x", CAPTURED[: 3 + index])),
         "unseen": message(lambda: capture(lm, own / "y")),
     }
     completions = grokkit.batch(PROMPTS, lm, own / "out.jsonl", **BATCH)
@@ -170,8 +174,8 @@ def of_files(index: int, checkpoint: str, folder: Path) -> None:
     keep(folder, index, "files", {}, notes)
 
 
-def capture(lm, directory, texts=("The quick brown", "She said", "Two")):
-    return lm.capture_to(directory, list(texts), CAPTURED, rows=2, progress=False)
+def capture(lm, directory, captures=CAPTURED):
+    return lm.capture_to(directory, [*PAIR, "Two"], captures, rows=2, progress=False)
 
 
 def full_disk(act, files: int) -> None:

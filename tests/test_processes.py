@@ -1,7 +1,9 @@
 """Two processes of four devices each do what one process of eight does, and end together."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from helpers import random_model, relative_error
 import grokkit
 from grokkit import cli, processes
 from grokkit.checkpoint import fingerprint, open_checkpoint, save_params
+from grokkit.checkpoint.manifest import read_manifest
 from grokkit.errors import ProcessError
 
 PATIENCE = 60  # seconds: how soon the others must have ended
@@ -139,8 +142,17 @@ def test_files_of_two_processes(checkpoint, tiny_lm, tmp_path):
 
     first, second = (n["errors"] for n in notes)
     for errors in (first, second):
+        for name, shown in [
+            ("call", r"pass over tokens of \[\[.*\n.*pass over tokens of \[\[.*\n.*the same texts"),
+            ("kinds", r"score of .*\n.*generate of \(\['The quick brown'\]"),
+            ("seeds", r"seed=0.*\n.*seed=1"),
+        ]:
+            assert errors[name].startswith("ProcessError: the processes do not have the same call")
+            assert re.search(shown, errors[name]), errors[name]
         assert errors["batch"].startswith("ProcessError: the processes do not have the same setti")
-        assert errors["prompts"].startswith("ProcessError: the processes do not have the same prom")
+        assert errors["captures"].startswith(
+            "ProcessError: the processes do not have the same capt"
+        )
     assert first["file"].startswith("PromptError: ") and "written by grokkit" in first["file"]
     assert second["file"].startswith("ProcessError: process 0 of 2, on ")
     assert first["file"] in second["file"]
@@ -220,19 +232,37 @@ def test_a_process_that_dies(checkpoint, tmp_path, killed):
 
 
 @pytest.mark.slow
-def test_the_command(checkpoint, capfd):
-    arguments = ["sample", str(checkpoint), "--prompt", "The quick", "--max-len", "8", "--seed=4",
-                 "--no-progress"]  # fmt: skip
-    assert cli.main(arguments) == 0
-    expected = capfd.readouterr().out
+@pytest.mark.parametrize("several", [False, True])
+def test_the_command(checkpoint, several, tmp_path, capfd):
+    """Of one text, which process 0 prints, and of a file of texts, which it alone writes."""
+    names = ["alone", "0", "1"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "texts").write_text("The quick\nShe said\n" + "x" * 200 + "\n")
+
+    def arguments(name):
+        texts = ["--prompt", "The quick"]
+        if several:
+            folder = tmp_path / name
+            texts = ["--prompts", str(folder / "texts"), "--out", str(folder / "out.jsonl")]
+        return ["sample", str(checkpoint), *texts, "--max-len", "8", "--seed=4", "--no-progress"]
+
+    assert cli.main(arguments("alone")) == 0
+    expected = capfd.readouterr()
     port = free_port()
     together = ["--virtual-devices", "4", "--processes", "2", "--coordinator", f"127.0.0.1:{port}"]
     started = start(
-        ["-m", "grokkit.cli", *arguments, *together, "--process", str(i)] for i in range(2)
+        ["-m", "grokkit.cli", *arguments(str(i)), *together, "--process", str(i)] for i in range(2)
     )
     first, second = finish(started, 240)
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert (first[1], second[1]) == (expected, "")
+    assert (first[1], second[1]) == (expected.out.replace("alone", "0"), "")
+    if several:
+        assert expected.err.startswith("grokkit: prompt 2: the prompt has ")
+        assert expected.err in first[2] and expected.err not in second[2]
+        alone, out = (tmp_path / name / "out.jsonl" for name in ("alone", "0"))
+        assert out.read_bytes() == alone.read_bytes() and out.read_bytes().count(b"\n") == 3
+        assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["texts"]
 
 
 # Without other processes
@@ -248,6 +278,16 @@ def test_alone():
     assert processes.agree(lambda: (5, {"x": "y"}), together=True) == 5
 
 
+def test_the_first_decides_alone():
+    """As where there are no others."""
+    for together in (False, True):
+        assert processes.by_first(lambda: 5, together) == 5
+        assert processes.share(lambda: {"layers": [1, 2]}, together) == {"layers": [1, 2]}
+        np.testing.assert_array_equal(processes.from_first(np.arange(3), together), [0, 1, 2])
+        with pytest.raises(ZeroDivisionError):
+            processes.share(lambda: 1 / 0, together)
+
+
 def test_what_processes_tell_each_other(monkeypatch):
     def told(*others):
         def exchange(mine):
@@ -260,7 +300,9 @@ def test_what_processes_tell_each_other(monkeypatch):
     with pytest.raises(ProcessError) as e:
         processes.agree(lambda: (5, {"dtype": "bfloat16"}), together=True)
     assert "the processes do not have the same dtype\n  process 0 of 2, on " in str(e.value)
-    assert ": bfloat16\n  process 1 of 2, on b: float32\n  what to do: give" in str(e.value)
+    assert ": bfloat16\n  process 1 of 2, on b: float32\n  what to do: let" in str(e.value)
+    with pytest.raises(ProcessError, match="do not have the same dtype"):
+        processes.agree(lambda: (5, {}), together=True)  # where only the other names one
     told({"host": "b", "error": "ValueError: no", "facts": {}})
     with pytest.raises(ProcessError, match="^process 1 of 2, on b stopped: ValueError: no$"):
         processes.agree(lambda: (5, {"dtype": "bfloat16"}), together=True)
@@ -278,6 +320,37 @@ def test_fingerprints(checkpoint, other, tmp_path):
     assert same != fingerprint(open_checkpoint(other))
     converted = grokkit.convert(checkpoint, Path(tmp_path) / "x", progress=False)
     assert fingerprint(converted) != same
+    # A conversion's manifest knows every byte.
+    manifest = converted.directory / "manifest.json"
+    before, digest = fingerprint(converted), read_manifest(converted.directory).popitem()[1].sha256
+    manifest.write_text(manifest.read_text().replace(digest, "0" * 64))
+    assert fingerprint(converted) != before
+
+
+def test_a_fingerprint_looks_at_places_all_over_an_array(tiny_config, tmp_path):
+    config = dataclasses.replace(tiny_config, d_model=256, d_ff=1024)  # matrices of 1 MB
+    save_params(random_model(config, 0), config, tmp_path / "a", progress=False)
+    opened = open_checkpoint(tmp_path / "a")
+    prints, wholes = {fingerprint(opened)}, {fingerprint(opened, whole=True)}
+    span = max((entry.file.weight for entry in opened), key=lambda span: span.nbytes)
+    path = next(entry.file.path for entry in opened if entry.file.weight == span)
+    content = path.read_bytes()
+    for place, n, seen in [
+        (0, 1, True),
+        (span.nbytes - 1, 1, True),  # the last byte
+        (span.nbytes // 3, span.nbytes // 14, True),  # a hole anywhere
+        (span.nbytes // 30, 1, False),  # one byte between two samples
+    ]:
+        changed = bytearray(content)
+        at = span.offset + place
+        changed[at : at + n] = bytes(b ^ 1 for b in changed[at : at + n])
+        path.write_bytes(changed)
+        new = fingerprint(opened)
+        assert (new not in prints) == seen
+        prints.add(new)
+        new = fingerprint(opened, whole=True)
+        assert new not in wholes
+        wholes.add(new)
 
 
 @pytest.mark.parametrize(
