@@ -267,11 +267,11 @@ class LanguageModel:
         same_call("a pass over tokens", ids.tolist(), spans_processes(self.mesh))
         return ids, lengths
 
-    def _rows(self, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(tokens, str) or (len(tokens) and isinstance(tokens[0], str)):
-            texts = [tokens] if isinstance(tokens, str) else list(tokens)  # type: ignore[list-item]
-            ids = self.to_tokens(texts)  # type: ignore[arg-type]
-            lengths = np.array([len(self.tokenizer.encode(t)) for t in texts], np.int32)  # type: ignore[arg-type]
+            texts = [tokens] if isinstance(tokens, str) else list(tokens)
+            ids = self.to_tokens(texts)
+            lengths = np.array([len(self.tokenizer.encode(t)) for t in texts], np.int32)
         else:
             try:
                 ids = np.atleast_2d(np.asarray(tokens))

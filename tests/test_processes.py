@@ -48,9 +48,9 @@ def free_port() -> str:
 
 
 def environment() -> dict[str, str]:
-    """This process's, but for the number of devices."""
+    """This process's, but for the number of devices; and programs are always compiled in haste."""
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    return os.environ | {"XLA_FLAGS": " ".join(flags)}
+    return os.environ | {"XLA_FLAGS": " ".join([*flags, "--xla_backend_optimization_level=0"])}
 
 
 def start(arguments) -> list[subprocess.Popen]:
@@ -119,7 +119,7 @@ def test_two_processes_are_one(checkpoint, tiny_lm, tmp_path):
             assert set(values) == set(expected)
             for key, value in expected.items():
                 # Effects are small differences of the metric.
-                error = 1e-5 if key in ("estimated", "attribution", "router") else 1e-6
+                error = 1e-5 if key in ("patched", "estimated", "attribution", "router") else 1e-6
                 assert relative_error(values[key], value) < error, (name, key)
 
 
