@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from grokkit.batching import ContinuousBatch, Generation
+from grokkit.batch_request import Generation
+from grokkit.batching import ContinuousBatch
 from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import PromptError
 from grokkit.file_lock import locked

@@ -10,8 +10,8 @@ that each request gets the tokens that it would get alone.
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
-from grokkit.continuation import StreamedToken
+from grokkit.batch_request import Generation, Round
 from grokkit.errors import PromptError
 from grokkit.generate import (
     PREFILL_PART,
@@ -36,104 +36,8 @@ from grokkit.kv_cache import KVCache, put_row, put_rows
 from grokkit.language_model import LanguageModel
 from grokkit.processes import is_first, to_host
 from grokkit.sampling import Allowed, Draw, Sampling, stack
-from grokkit.stop_strings import StopStrings
 
 _ROWS = P("data")
-
-
-class Generation:
-    """One request to a `ContinuousBatch`: its text as far as it has come.
-
-    Iterating over it gives its `StreamedToken`s as they come, and lets the batch run meanwhile.
-    """
-
-    finish_reason: str | None = None
-    """Why it ended: `"end"` of text, a `"stop"` string, `"length"`, `"cancelled"`; `None` before."""
-
-    def __init__(
-        self,
-        batch: "ContinuousBatch",
-        prompt: list[int],
-        max_len: int,
-        sampling: Sampling,
-        stop: Sequence[str],
-    ):
-        """Made by `ContinuousBatch.submit`."""
-        self.prompt = prompt
-        self.max_len = max_len
-        self.tokens: list[StreamedToken] = []
-        """What was drawn so far and is certain to belong to the text."""
-        self._batch = batch
-        self._rows = sampling.rows(1, batch.lm.config.vocab_size)
-        self._decoder = batch.lm.tokenizer.stream_decoder(prompt)
-        self._stop = StopStrings(stop)
-        self._asked = 0  # tokens that the device was told to draw
-        self._drawn = 0  # and those that came back
-
-    @property
-    def text(self) -> str:
-        """The new text so far, without the prompt and without the stop string."""
-        return "".join(token.text for token in self.tokens)
-
-    def cancel(self) -> None:
-        """End it here; its slot goes to the next request. Nothing happens if it has ended.
-
-        Tokens that may be the beginning of a stop string are left out.
-        """
-        if self.finish_reason is None:
-            self.finish_reason = "cancelled"
-            self._batch._forget(self)
-
-    def result(self) -> str:
-        """Run the batch until this has ended. **Returns:** its text."""
-        for _ in self:
-            pass
-        return self.text
-
-    def __iter__(self) -> Iterator[StreamedToken]:
-        given = 0
-        while given < len(self.tokens) or self.finish_reason is None:
-            if given == len(self.tokens):
-                self._batch.step()
-            else:
-                yield self.tokens[given]
-                given += 1
-
-    def __repr__(self) -> str:
-        state = self.finish_reason or ("running" if self._asked else "waiting")
-        return f"Generation({state}: {len(self.tokens)} of {self.max_len} tokens, {self.text!r})"
-
-    def _take(self, token: int, prob: float, top_tokens: np.ndarray, top_probs: np.ndarray) -> None:
-        """The next token, unless it comes after the end."""
-        if self.finish_reason is not None:
-            return
-        lm = self._batch.lm
-        self._drawn += 1
-        if token == lm.config.eos_token:
-            self._finish("end")
-            return
-        alternatives = tuple(zip(
-            top_tokens.tolist(), lm.to_str_tokens(top_tokens), top_probs.tolist(), strict=True
-        ))  # fmt: skip
-        streamed = StreamedToken(token, self._decoder.push(token), prob, alternatives)
-        certain, stopped = self._stop.push(streamed)
-        self.tokens += certain
-        if stopped:
-            self.finish_reason = "stop"
-        elif self._drawn == self.max_len:
-            self._finish("length")
-
-    def _finish(self, reason: str) -> None:
-        self.tokens += self._stop.finish()
-        self.finish_reason = reason
-
-
-class _Round(NamedTuple):
-    """Draws on their way from the device, and whose they are."""
-
-    draws: Draw
-    owners: list[Generation | None]
-    """Of each row, when the draws were asked for."""
 
 
 class ContinuousBatch:
@@ -204,7 +108,7 @@ class ContinuousBatch:
         self.block = 1 if self._streamed else block
         self._waiting: deque[Generation] = deque()
         self._in_slot: list[Generation | None] = [None] * slots
-        self._unread: deque[_Round] = deque()
+        self._unread: deque[Round] = deque()
         self._state: State | None = None
         self._settings: Any = None  # on the device, or None when slots have changed hands
 
@@ -309,6 +213,12 @@ class ContinuousBatch:
         while self._unread:
             self._hand_out(self._unread.popleft())
 
+    def forget(self, generation: Generation) -> None:
+        """Let go of a request that has ended; `Generation.cancel` calls it."""
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        self._release(generation)
+
     # Slots and their sequences
 
     def _usual_sizes(self) -> list[int]:
@@ -378,7 +288,7 @@ class ContinuousBatch:
         owners = [None if pair is None else pair[1] for pair in rows]
         at = [-1 if pair is None else pair[0] % self._slots_a_part for pair in rows]
         prompts = [[] if g is None else g.prompt for g in owners]
-        settings = stack([None if g is None else g._rows for g in owners], config.vocab_size)
+        settings = stack([None if g is None else g.rows for g in owners], config.vocab_size)
         with jax.set_mesh(lm.mesh):
             on_rows = jax.tree.map(lambda a: jax.device_put(a, _ROWS), settings)
             cache = KVCache.empty(config, len(rows), size, lm.runnable.dtype, lm.mesh)
@@ -419,7 +329,7 @@ class ContinuousBatch:
         with jax.set_mesh(lm.mesh):
             state = self._ready(with_seen=False)
             if self._settings is None:
-                each = [None if g is None else g._rows for g in self._in_slot]
+                each = [None if g is None else g.rows for g in self._in_slot]
                 active = np.array([g is not None for g in self._in_slot])
                 self._settings = jax.tree.map(
                     lambda a: jax.device_put(a, _ROWS), (stack(each, lm.config.vocab_size), active)
@@ -432,21 +342,21 @@ class ContinuousBatch:
 
     def _ask_for(self, draws: Draw, owners: list[Generation | None], n: int) -> None:
         """Note that `n` tokens of each owner are on their way; slots are free of the last ones."""
-        self._unread.append(_Round(to_host_async(draws), owners))
+        self._unread.append(Round(to_host_async(draws), owners))
         for generation in owners:
             if generation is not None:
-                generation._asked += n
-                if generation._asked >= generation.max_len:
+                generation.asked += n
+                if generation.asked >= generation.max_len:
                     self._release(generation)
 
-    def _hand_out(self, found: _Round) -> None:
+    def _hand_out(self, found: Round) -> None:
         if not any(found.owners):
             return
         draws = to_host(found.draws)
         for step in range(draws.token.shape[0]):
             for row, generation in enumerate(found.owners):
                 if generation is not None:
-                    generation._take(
+                    generation.take(
                         int(draws.token[step, row]), float(draws.prob[step, row]),
                         draws.top_tokens[step, row], draws.top_probs[step, row],
                     )  # fmt: skip
@@ -458,11 +368,6 @@ class ContinuousBatch:
         if generation in self._in_slot:
             self._in_slot[self._in_slot.index(generation)] = None
             self._settings = None
-
-    def _forget(self, generation: Generation) -> None:
-        if generation in self._waiting:
-            self._waiting.remove(generation)
-        self._release(generation)
 
     def _abandon(self) -> None:
         """After an exception: what is on the device may be half done."""
