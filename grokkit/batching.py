@@ -7,10 +7,11 @@ decode together, some tokens at a time. A sequence's draws depend on its own see
 that each request gets the tokens that it would get alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from grokkit.errors import PromptError
 from grokkit.generate import (
     PREFILL_PART,
     State,
+    check_max_len,
     check_prompt,
     decode,
     pad_right,
@@ -152,8 +154,7 @@ class ContinuousBatch:
         on.
         """
         ids = self.lm.tokenizer.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)]
-        if max_len < 1:
-            raise PromptError(f"max_len must be at least 1, found {max_len}")
+        check_max_len(max_len)
         check_prompt(self.lm.config, ids, max_len)
         if len(ids) + max_len > self.capacity:
             raise PromptError(
@@ -176,17 +177,14 @@ class ContinuousBatch:
 
         **Returns:** whether there is more to do.
         """
-        try:
+        with self._abandoned_if_cut_off():
             self._admit()
             if self._n_running:
                 self._decode()
             # One round stays under way on the device while the host reads the one before; not of a
             # streamed model, where it may be a pass that nobody wants any more.
             while len(self._unread) > (1 if self._n_running and not self._streamed else 0):
-                self._hand_out(self._unread.popleft())
-        except BaseException:
-            self._abandon()
-            raise
+                self._hand_out()
         return not self.idle
 
     def run(self) -> None:
@@ -203,15 +201,18 @@ class ContinuousBatch:
         sizes = self.pad_sizes or self._usual_sizes()
         work = [(size, n) for size in sizes for n in self._row_counts(size)]
         hidden = not (progress and is_first())
-        with tqdm(total=len(work) + 1, desc="compiling", disable=hidden) as bar:
+        with (
+            self._abandoned_if_cut_off(),
+            tqdm(total=len(work) + 1, desc="compiling", disable=hidden) as bar,
+        ):
             for size, n in work:
                 bar.set_postfix_str(f"prompts of {size} x {n}")
                 self._prefill([[]] * self.lm.mesh.shape["data"], size, n)
                 bar.update()
             self._decode()
             bar.update()
-        while self._unread:
-            self._hand_out(self._unread.popleft())
+            while self._unread:
+                self._hand_out()
 
     def forget(self, generation: Generation) -> None:
         """Let go of a request that has ended; `Generation.cancel` calls it."""
@@ -274,6 +275,7 @@ class ContinuousBatch:
                 if len(joining[part]) == most or not free_slots[part]:
                     break
                 slot = free_slots[part].pop(0)
+                self._in_slot[slot] = generation  # at once: no exception loses sight of it
                 joining[part].append((slot, generation))
                 self._waiting.remove(generation)
             needed = max(map(len, joining))
@@ -301,9 +303,6 @@ class ContinuousBatch:
             )
             state = self._ready(with_seen=new.seen is not None)
             self._state = _join(state, new, jax.device_put(np.array(at, np.int32), _ROWS))
-        for pair in rows:
-            if pair is not None:
-                self._in_slot[pair[0]] = pair[1]
         self._settings = None
         self._ask_for(_leading_axis(draw), owners, 1)
 
@@ -349,18 +348,22 @@ class ContinuousBatch:
                 if generation.asked >= generation.max_len:
                     self._release(generation)
 
-    def _hand_out(self, found: Round) -> None:
-        if not any(found.owners):
-            return
-        draws = to_host(found.draws)
+    def _hand_out(self) -> None:
+        """Give the draws of the oldest round to their owners."""
+        found = self._unread[0]  # and there until all is given: no exception loses sight of them
+        if any(found.owners):
+            self._give(to_host(found.draws), found.owners)
+        self._unread.popleft()
+
+    def _give(self, draws: Draw, owners: list[Generation | None]) -> None:
         for step in range(draws.token.shape[0]):
-            for row, generation in enumerate(found.owners):
+            for row, generation in enumerate(owners):
                 if generation is not None:
                     generation.take(
                         int(draws.token[step, row]), float(draws.prob[step, row]),
                         draws.top_tokens[step, row], draws.top_probs[step, row],
                     )  # fmt: skip
-        for generation in found.owners:
+        for generation in owners:
             if generation is not None and generation.finish_reason is not None:
                 self._release(generation)
 
@@ -369,8 +372,16 @@ class ContinuousBatch:
             self._in_slot[self._in_slot.index(generation)] = None
             self._settings = None
 
+    @contextlib.contextmanager
+    def _abandoned_if_cut_off(self) -> Iterator[None]:
+        """After an exception what is on the device may be half done: end all that is running."""
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+
     def _abandon(self) -> None:
-        """After an exception: what is on the device may be half done."""
         under_way = [g for found in self._unread for g in found.owners]
         for generation in [*self._in_slot, *under_way]:
             if generation is not None:

@@ -181,8 +181,7 @@ def generate_tokens(
 
     **Raises:** `PromptError` before anything is computed.
     """
-    if max_len < 1:
-        raise PromptError(f"max_len must be at least 1, found {max_len}")
+    check_max_len(max_len)
     check_prompts(model.config, mesh, prompts, max_len)
     rows = sampling.rows(len(prompts), model.config.vocab_size)
     return _rounds(model, mesh, prompts, max_len, rows, block, captures, edits)
@@ -268,6 +267,14 @@ def pad_right(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens
+
+
+def check_max_len(max_len: Any) -> None:
+    """Refuse what is no number of new tokens. **Raises:** `PromptError`."""
+    if not isinstance(max_len, int | np.integer):
+        raise PromptError(f"max_len must be an integer, found {max_len!r}")
+    if max_len < 1:
+        raise PromptError(f"max_len must be at least 1, found {max_len}")
 
 
 def check_prompts(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from grokkit.errors import PromptError
 
@@ -12,12 +12,13 @@ Token = TypeVar("Token")
 class StopStrings:
     """Holds tokens back while their text may turn out to be the beginning of a stop string."""
 
-    def __init__(self, stop: Sequence[str]):
-        """Look for any of `stop`. **Raises:** `PromptError` for an empty one."""
-        if not all(stop):
-            raise PromptError(
-                "stop: expected strings of at least one character, found an empty one"
-            )
+    def __init__(self, stop: Sequence[Any]):
+        """Look for any of `stop`. **Raises:** `PromptError` for one that is empty or no text."""
+        for string in stop:
+            if not (isinstance(string, str) and string):
+                raise PromptError(
+                    f"stop: expected strings of at least one character, found {string!r}"
+                )
         self._stop = tuple(stop)
         self._held: list = []
 

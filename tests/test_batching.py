@@ -17,6 +17,7 @@ from grokkit.stop_strings import StopStrings
 
 LONGEST = 20  # new tokens
 END = 2
+LENGTHS = 1, 5, 12, 20, 9, 1, 5, 50, 33  # of prompts, which are padded to 16, 32 and 64
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def pool(lm):
     ]
     alone = []
     for i, request in enumerate(requests):
-        prompt = random.integers(4, lm.config.vocab_size, (1, 5, 12, 9)[i % 4]).tolist()
+        prompt = random.integers(4, lm.config.vocab_size, LENGTHS[i]).tolist()
         rounds = generate_tokens(lm.model, lm.mesh, [prompt], LONGEST, Sampling(**request))
         tokens = np.concatenate([np.asarray(p.draws.token) for p in rounds])[:LONGEST, 0].tolist()
         alone.append((prompt, request, tokens))
@@ -65,8 +66,9 @@ def expected(lm, prompt, tokens, max_len, stop):
     return text, "length"
 
 
-def random_schedule(batch, lm, pool, random):
+def random_schedule(batch, lm, pool, random, step=None):
     """Submit, cancel and step at random; check each request when all have ended."""
+    step = step or batch.step
     submitted = []
     for _ in range(30):
         for _ in range(random.integers(0, 4)):
@@ -79,8 +81,9 @@ def random_schedule(batch, lm, pool, random):
             submitted.append((generation, expected(lm, prompt, tokens, max_len, stop), tokens))
         if submitted and random.random() < 0.2:
             submitted[random.integers(len(submitted))][0].cancel()
-        batch.step()
-    batch.run()
+        step()
+    while not batch.idle:
+        step()
     reasons = set()
     for generation, (text, reason), tokens in submitted:
         ids = [token.id for token in generation.tokens]
@@ -90,7 +93,6 @@ def random_schedule(batch, lm, pool, random):
             assert text.startswith(generation.text)
         else:
             assert (generation.text, generation.finish_reason) == (text, reason)
-    assert batch.idle
     return reasons
 
 
@@ -119,6 +121,50 @@ def test_random_schedules_of_all_settings_change_no_token(batch, lm, pool):
     for seed in range(16, 80):
         reasons |= random_schedule(batch, lm, pool, np.random.default_rng(seed))
     assert {"end", "stop", "length", "cancelled"} <= reasons
+
+
+@pytest.mark.slow
+def test_random_schedules_with_prompts_in_parts(batch, lm, pool, monkeypatch):
+    monkeypatch.setattr("grokkit.generate.PREFILL_PART", 16)
+    together = []
+
+    def counting(model, tokens, lengths, *rest):
+        together.append((tokens.shape[1], int((lengths > 0).sum())))
+        return generate.prefill_in_parts(model, tokens, lengths, *rest)
+
+    monkeypatch.setattr("grokkit.batching.prefill_in_parts", counting)
+    for seed in range(80, 96):
+        random_schedule(batch, lm, pool, np.random.default_rng(seed))
+    assert {size for size, _ in together} == {16, 32, 64}
+    assert {n for _, n in together} >= {1, 2, 3}
+
+
+def test_random_schedules_with_interrupts(batch, lm, plain, monkeypatch):
+    """What waits is spared, all else is cancelled, nothing is lost sight of."""
+    random, n = np.random.default_rng(1), 0
+
+    def at_times_cut_off(function):
+        def run(*args, **options):
+            if random.random() < 0.02:
+                raise KeyboardInterrupt
+            return function(*args, **options)
+
+        return run
+
+    for name in ("prefill_in_parts", "_join", "decode", "to_host"):
+        monkeypatch.setattr(batching, name, at_times_cut_off(getattr(batching, name)))
+    monkeypatch.setattr(batching.Generation, "take", at_times_cut_off(batching.Generation.take))
+
+    def step():
+        nonlocal n
+        try:
+            batch.step()
+        except KeyboardInterrupt:
+            n += 1
+
+    for seed in range(96, 104):
+        random_schedule(batch, lm, plain, np.random.default_rng(seed), step)
+    assert n > 10
 
 
 def test_slots_over_the_data_axis(tiny_config, lm, plain):
@@ -208,20 +254,55 @@ def test_compiling_ahead_leaves_nothing_to_compile(lm, pool, capsys):
     assert [g.text for g in found[:3]] == [text] * 3
 
 
-def test_an_interrupt_cancels_what_runs_and_spares_what_waits(lm, batch, pool, monkeypatch):
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["prefill_in_parts", "_join", "decode", "to_host"])
+def test_an_interrupt_cancels_what_runs_and_spares_what_waits(where, lm, batch, pool, monkeypatch):
     prompt, request, tokens = pool[2]
     running = [batch.submit(prompt, 12, **request) for _ in range(4)]
     waiting = batch.submit(prompt, 5, **request)
-    batch.step()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "grokkit.batching.decode", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr(f"grokkit.batching.{where}", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            batch.step()
+            batch.run()
     assert {g.finish_reason for g in running} == {"cancelled"}
     assert waiting.finish_reason is None
     assert waiting.result() == expected(lm, prompt, tokens, 5, None)[0]
+
+
+def test_an_interrupt_of_the_last_round_loses_sight_of_nobody(batch, pool, monkeypatch):
+    last = batch.submit(pool[2][0], 1)  # whose slot is free as soon as its token is asked for
+    with monkeypatch.context() as patch:
+        patch.setattr("grokkit.batching.to_host", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step()
+    assert last.finish_reason == "cancelled" and batch.idle
+
+
+def test_an_interrupt_of_compiling_ahead(lm, pool, monkeypatch):
+    prompt, request, tokens = pool[2]
+    batch = ContinuousBatch(lm, slots=4, block=2, pad_sizes=(16,))
+    with monkeypatch.context() as patch:
+        patch.setattr("grokkit.batching.decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            batch.compile(progress=False)
+    assert batch.submit(prompt, 5, **request).result() == expected(lm, prompt, tokens, 5, None)[0]
+
+
+def test_a_request_may_fill_its_slot_and_the_context(lm, pool):
+    """The last block is then cut by the end of the slot; nothing before it is written over."""
+    prompt, request, _ = pool[2]
+    for capacity, ids in [(len(prompt) + 7, prompt), (96, [5] * 89)]:
+        batch = ContinuousBatch(lm, slots=2, block=4, capacity=capacity)
+        rounds = generate_tokens(lm.model, lm.mesh, [ids], 7, Sampling(**request))
+        alone = np.concatenate([np.asarray(p.draws.token) for p in rounds])[:7, 0].tolist()
+        found = [batch.submit(ids, n, **request) for n in (7, 6, 7)]
+        batch.run()
+        for generation in found:
+            text, reason = expected(lm, ids, alone, generation.max_len, None)
+            assert (generation.text, generation.finish_reason) == (text, reason)
 
 
 @pytest.mark.slow
@@ -239,6 +320,12 @@ def test_settings_that_few_use_beside_others(lm, batch, pool):
 
 
 # Stop strings
+
+
+@pytest.mark.parametrize("stop", ["", 5, None])
+def test_what_cannot_be_looked_for(stop):
+    with pytest.raises(PromptError, match="stop: expected strings of at least one character"):
+        StopStrings(["a", stop])
 
 
 def split(text, random):

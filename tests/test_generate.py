@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import grokkit
 from grokkit import generate
 from grokkit.errors import PromptError
-from grokkit.generate import bucket, generate_tokens, pad_right
+from grokkit.generate import bucket, check_max_len, generate_tokens, pad_right
 from grokkit.model import initialise, place
 from grokkit.sampling import Rows, Sampling, nucleus, sample
 
@@ -307,6 +307,13 @@ def refuse(lm8, message, prompts=((1, 2),), max_len=3, mesh=None, **settings):
             max_len,
             Sampling(**settings),
         )
+
+
+@pytest.mark.parametrize("max_len", [5.5, "5", None])
+def test_a_number_of_tokens_is_an_integer(max_len):
+    with pytest.raises(PromptError, match=f"max_len must be an integer, found {max_len!r}"):
+        check_max_len(max_len)
+    check_max_len(np.int64(5))
 
 
 @pytest.mark.parametrize(
