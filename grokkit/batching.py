@@ -94,7 +94,7 @@ class ContinuousBatch:
                 f"capacity must be from 2 to the context of {config.context_length}, "
                 f"found {capacity}"
             )
-        sizes = None if pad_sizes is None else sorted(pad_sizes)
+        sizes = None if pad_sizes is None else sorted(set(pad_sizes))
         if sizes is not None and not (sizes and 1 <= sizes[0] and sizes[-1] <= capacity):
             raise PromptError(
                 f"pad_sizes must be from 1 to the {capacity} tokens that a slot holds, found "
@@ -350,12 +350,13 @@ class ContinuousBatch:
 
     def _hand_out(self) -> None:
         """Give the draws of the oldest round to their owners."""
-        found = self._unread[0]  # and there until all is given: no exception loses sight of them
-        if any(found.owners):
-            self._give(to_host(found.draws), found.owners)
+        # It stays among the unread until all is given: no exception loses sight of its owners.
+        if any(self._unread[0].owners):
+            self._give(*self._unread[0])
         self._unread.popleft()
 
-    def _give(self, draws: Draw, owners: list[Generation | None]) -> None:
+    def _give(self, draws: Any, owners: list[Generation | None]) -> None:
+        draws = to_host(draws)
         for step in range(draws.token.shape[0]):
             for row, generation in enumerate(owners):
                 if generation is not None:

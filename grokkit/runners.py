@@ -13,7 +13,7 @@ why, is told in docs/coming-from-the-original.md.
 import dataclasses
 import logging
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from grokkit import compilation_cache
+from grokkit.batch_request import Generation
 from grokkit.batching import ContinuousBatch
 from grokkit.checkpoint import Checkpoint, load_params, open_checkpoint, stored_specs
+from grokkit.checkpoint.hugging_face import read_config
 from grokkit.checkpoint.official import CONFIG_FILE
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
@@ -106,7 +108,7 @@ class LanguageModelConfig:
         inner = self.model
         if inner is None:
             raise ConfigError("model: expected a TransformerConfig, found None")
-        _only("num_experts", inner.num_experts > 0, inner.num_experts, "1 or more: the layers here "
+        _only("num_experts", inner.num_experts > 1, inner.num_experts, "2 or more: the layers here "
               "are mixtures of experts")  # fmt: skip
         _only("vocab_size of the TransformerConfig", inner.vocab_size in (128 * 1024, self.vocab_size),
               inner.vocab_size, f"{self.vocab_size}, as the LanguageModelConfig's")  # fmt: skip
@@ -191,7 +193,7 @@ class ModelRunner:
         """What is checked, and what must be the same in all processes."""
         config = self.model.to_config()
         checkpoint = open_checkpoint(self.checkpoint_path, config)
-        _same_as_file(config, checkpoint.directory)
+        _same_as_file(config, checkpoint)
         dtype = self.model.fprop_dtype
         specs = stored_specs(checkpoint, param_specs(config, dtype))
         check_mesh(config, mesh, specs)
@@ -202,12 +204,13 @@ class ModelRunner:
         return (checkpoint, specs, tokenizer), facts
 
 
-def _same_as_file(config: GrokConfig, directory: Path) -> None:
+def _same_as_file(config: GrokConfig, checkpoint: Checkpoint) -> None:
     """Refuse a script whose model is not the one that the checkpoint says it is."""
-    path = directory / CONFIG_FILE
+    path = checkpoint.directory / CONFIG_FILE
     if not path.is_file():
         return
-    theirs = GrokConfig.from_json(path)
+    is_port = checkpoint.layout == "hugging face"
+    theirs = read_config(path) if is_port else GrokConfig.from_json(path)
     for field in dataclasses.fields(GrokConfig):
         ours, found = getattr(config, field.name), getattr(theirs, field.name)
         if ours != found:
@@ -215,6 +218,23 @@ def _same_as_file(config: GrokConfig, directory: Path) -> None:
                 f"LanguageModelConfig: {field.name} is {ours}, and {path} says {found}; the "
                 f"weights beside it need the latter"
             )
+
+
+def _without_effect(runner: ModelRunner) -> Iterator[str]:
+    """What was asked for and changes nothing, here as in the original."""
+    loaded = "weights are loaded, not initialised"
+    parts = (
+        ("ModelRunner", runner, "rng_seed", loaded),
+        ("ModelRunner", runner, "transform_forward", "the InferenceRunner decides"),
+        ("LanguageModelConfig", runner.model, "embedding_init_scale", loaded),
+        ("TransformerConfig", runner.model.model, "init_scale", loaded),
+        ("TransformerConfig", runner.model.model, "shard_activations",
+         "activations lie over the mesh in one way, which changes no result"),
+    )  # fmt: skip
+    for name, part, option, why in parts:
+        value = getattr(part, option)
+        if value != getattr(type(part), option):  # where a dataclass keeps its defaults
+            yield f"{name}: {option}={value!r} has no effect: {why}"
 
 
 @dataclasses.dataclass
@@ -250,6 +270,8 @@ class InferenceRunner:
         _only("pad_sizes", fits, sizes, f"lengths from 1 to sequence_len, {config.context_length}")
         self.mesh = _mesh(self.local_mesh_config, self.between_hosts_config)
         self.runner.n_slots(self.mesh)
+        for option in _without_effect(self.runner):
+            logger.info("%s", option)
         self.lm = self.runner.load(self.mesh, self.tokenizer_path, self.name)
 
     def get_pad_bucket(self, size: int) -> int:
@@ -294,19 +316,19 @@ class Server(Generator):
             self._ready = True
         if value is None:
             return None
-        if isinstance(value, Request):
-            return self._submit(value).result()
         generations = []
         try:
-            for request in value:
+            for request in [value] if isinstance(value, Request) else value:
                 generations.append(self._submit(request))
+            texts = [generation.result() for generation in generations]
+            return texts[0] if isinstance(value, Request) else texts
         except BaseException:
+            # Nobody would be there to take the others' texts.
             for generation in generations:
                 generation.cancel()
             raise
-        return [generation.result() for generation in generations]
 
-    def _submit(self, request: Request) -> Any:
+    def _submit(self, request: Request) -> Generation:
         return self.batch.submit(
             request.prompt, request.max_len, request.temperature, request.nucleus_p,
             request.rng_seed,

@@ -159,6 +159,19 @@ def test_a_request_that_cannot_fit_leaves_the_server_running(server):
     assert server.send(Request("Two", 0.0, 1.0, 0, 3))
 
 
+def test_an_interrupt_leaves_no_request_behind(server, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    next(server)
+    with monkeypatch.context() as patch:
+        patch.setattr("grokkit.batching.decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.send([Request("Two", 1.0, 1.0, 0, 5)] * 5)  # of which two have slots
+    assert server.batch.idle
+    assert server.send(Request("Two", 0.0, 1.0, 0, 3))
+
+
 def test_a_closed_server_answers_no_more(tiny_config, lm):
     from grokkit.batching import ContinuousBatch
     from grokkit.runners import Server
@@ -184,7 +197,8 @@ def test_a_closed_server_answers_no_more(tiny_config, lm):
         ({"in_runner": {"checkpoint_path": "", }, "load": ""}, "checkpoint_path: expected the dir"),
         ({"in_runner": {"load_rename_rules": [("a", "b")]}}, "load_rename_rules: expected None"),
         ({"in_runner": {"load_exclude_rules": ["a"]}}, "load_exclude_rules: expected None"),
-        ({"in_model": {"num_experts": -1}}, "num_experts: expected 1 or more"),
+        ({"in_model": {"num_experts": -1}}, "num_experts: expected 2 or more"),
+        ({"in_model": {"num_experts": 1}}, "num_experts: expected 2 or more"),
         ({"in_model": {"capacity_factor": 2.0}}, "capacity_factor: expected 1.0"),
         ({"in_model": {"data_axis": "batch"}}, "data_axis: expected 'data'"),
         ({"in_model": {"model_axis": ("model", "data")}}, "model_axis: expected 'model'"),
@@ -201,6 +215,20 @@ def test_a_closed_server_answers_no_more(tiny_config, lm):
 def test_what_cannot_be_honoured_is_refused(changes, message, tiny_config, checkpoint):
     with pytest.raises(grokkit.GrokkitError, match=message):
         runner(tiny_config, checkpoint, **changes).initialize()
+
+
+def test_options_that_change_nothing_are_named(tiny_config, checkpoint, caplog):
+    caplog.set_level("INFO", "grokkit")
+    runner(tiny_config, checkpoint).initialize()
+    assert "no effect" not in caplog.text
+    runner(tiny_config, checkpoint, in_runner={"rng_seed": 7, "transform_forward": True},
+           in_model={"embedding_init_scale": 2.0, "init_scale": 3.0, "shard_activations": True},
+           ).initialize()  # fmt: skip
+    for option in ("ModelRunner: rng_seed=7", "ModelRunner: transform_forward=True",
+                   "LanguageModelConfig: embedding_init_scale=2.0",
+                   "TransformerConfig: init_scale=3.0",
+                   "TransformerConfig: shard_activations=True"):  # fmt: skip
+        assert f"{option} has no effect: " in caplog.text
 
 
 def test_run_before_initialize(tiny_config, checkpoint):

@@ -14,6 +14,7 @@ import grokkit
 from grokkit.checkpoint import convert, open_checkpoint
 from grokkit.errors import CheckpointError, ConfigError
 from grokkit.quant import QuantizedArray
+from grokkit.runners import LanguageModelConfig, ModelRunner, TransformerConfig
 
 # As in hpcai-tech/grok-1's config.json.
 CONFIG = {
@@ -128,6 +129,20 @@ def test_float32_computes_what_the_original_does(port32, golden, golden_arrays):
     assert lm.model.blocks.moe.gate.shape == (12, 8, 64, 88)
     found = lm(golden_arrays["tokens"]).logits
     assert relative_error(found, golden_arrays["exact_logits"]) < 1e-5
+
+
+def test_the_originals_script_is_held_to_the_ports_configuration(port, golden):
+    sizes = grokkit.GrokConfig.from_json(golden / "config.json").to_dict()
+    inner = {k: v for k, v in sizes.pop("model").items()
+             if k in TransformerConfig.__dataclass_fields__}  # fmt: skip
+    for changes, message in [
+        ({"attn_output_multiplier": 0.1}, "attention_multiplier is 0.1, and .*config.json says"),
+        ({}, "nowhere: expected a SentencePiece model"),  # which is looked for after all else
+    ]:
+        config = LanguageModelConfig(**sizes | {"model": TransformerConfig(**inner | changes)})
+        runner = ModelRunner(config, checkpoint_path=str(port))
+        with pytest.raises(grokkit.GrokkitError, match=message):
+            runner.load(grokkit.make_mesh(1, 1), "nowhere", "port")
 
 
 def test_bfloat16_weights_in_their_places(port, golden_weights):
