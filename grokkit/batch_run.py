@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from grokkit.batch_request import Generation
 from grokkit.batching import ContinuousBatch
+from grokkit.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import PromptError
 from grokkit.file_lock import locked
 from grokkit.generate import bucket
 from grokkit.language_model import LanguageModel
-from grokkit.loading import load
+from grokkit.loading import default_dtype, load
 from grokkit.processes import agree, by_first, is_first, share, spans_processes
 from grokkit.sampling import Allowed, Sampling
+from grokkit.zoo import shipped
 
 BLOCK = 8
 
@@ -74,7 +77,7 @@ def batch(
     - `prompts`: texts.
     - `model`: a `LanguageModel`, or what `load` takes.
     - `out`: a file that gets one line of JSON for each prompt, in their order, with the fields of
-        `Completion` and a mark of the settings. Until all are done they gather in `<out>.partial`;
+        `Completion` and marks of model and settings. Until all are done they gather in `<out>.partial`;
         the same call goes on from there after any interrupt, and repeats and loses none.
     - `slots`: sequences that run at once; the mesh's `data` axis divides it.
     - `stop`: a text, or several, at which new texts end.
@@ -93,8 +96,12 @@ def batch(
     stops = [stop] if isinstance(stop, str) else list(stop)
     is_loaded = isinstance(model, LanguageModel)
     together = spans_processes(model.mesh) if is_loaded else jax.process_count() > 1
-    agree(lambda: (None, batch_facts(prompts, sampling, max_len, stops, slots)), together)
-    record = None if out is None else Record(Path(out), prompts, sampling, max_len, stops)
+    made_by = agree(
+        lambda: ("" if out is None else _mark_of(model),
+                 batch_facts(prompts, sampling, max_len, stops, slots)),
+        together,
+    )  # fmt: skip
+    record = None if out is None else Record(Path(out), prompts, sampling, max_len, stops, made_by)
     with contextlib.ExitStack() as until_done:
 
         def begin() -> list[dict[str, Any]]:
@@ -131,6 +138,26 @@ def batch_facts(
         "prompts": f"{len(prompts)} with the digest {digest}",
         "settings": f"{_settings(sampling, max_len, stop)[:1000]}, slots {slots}",
     }
+
+
+def model_mark(source: Checkpoint | str, dtype: Any) -> str:
+    """Tells models apart whose texts differ.
+
+    **Arguments:**
+
+    - `source`: where the weights are from, or what else they are known by.
+    - `dtype`: what matrix products round to.
+    """
+    weights = source if isinstance(source, str) else fingerprint(source)
+    return hashlib.sha256(f"{weights} {jnp.dtype(dtype).name}".encode()).hexdigest()[:12]
+
+
+def _mark_of(model: LanguageModel | str | os.PathLike[str]) -> str:
+    if isinstance(model, LanguageModel):
+        source = model.name if model.checkpoint is None else model.checkpoint
+        return model_mark(source, model.runnable.dtype)
+    directory = shipped(model) if isinstance(model, str) else None
+    return model_mark(open_checkpoint(directory or model), default_dtype(jax.default_backend()))
 
 
 def _settings(sampling: Sampling, max_len: int, stop: list[str]) -> str:
@@ -185,14 +212,23 @@ class Record:
     """The file of completions, and `<file>.partial` until all are there."""
 
     def __init__(
-        self, path: Path, prompts: list[str], sampling: Sampling, max_len: int, stop: list[str]
+        self,
+        path: Path,
+        prompts: list[str],
+        sampling: Sampling,
+        max_len: int,
+        stop: list[str],
+        made_by: str,
     ):
-        """Nothing is read or written yet."""
+        """Nothing is read or written yet; `made_by` is the model's mark."""
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial")
         self.prompts = prompts
         text = _settings(sampling, max_len, stop)
-        self.mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.marks = {
+            "settings": hashlib.sha256(text.encode()).hexdigest()[:12],
+            "model": made_by,
+        }
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Keep others from writing to the file meanwhile.
@@ -216,7 +252,9 @@ class Record:
         """
         found: dict[int, Completion] = {}
         for path in (self.path, self.partial):
-            for number, line in enumerate(self._lines(path), start=1):
+            with self._usable():
+                lines = self._lines(path)
+            for number, line in enumerate(lines, start=1):
                 completion = self._parse(line, f"{path}, line {number}")
                 found[completion.index] = completion
         return found
@@ -236,7 +274,7 @@ class Record:
         remedy = "give another file, or remove this one"
         try:
             values: dict[str, Any] = json.loads(line)
-            mark = values.pop("settings")
+            marks = {name: values.pop(name) for name in self.marks}
             completion = Completion(**values)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise PromptError(
@@ -252,7 +290,12 @@ class Record:
                 f"{place}: expected a completion of one of these {len(self.prompts)} prompts, "
                 f"found one of {completion.prompt[:60]!r}; {remedy}"
             )
-        if mark != self.mark:
+        if marks["model"] != self.marks["model"]:
+            raise PromptError(
+                f"{place}: these completions were made by another model, or in another dtype; use "
+                f"the same one to go on, or {remedy}"
+            )
+        if marks != self.marks:
             raise PromptError(
                 f"{place}: these completions were made with other settings; use the same ones to "
                 f"go on, or {remedy}"
@@ -260,24 +303,33 @@ class Record:
         return completion
 
     def _encode(self, completion: Completion) -> bytes:
-        values = dataclasses.asdict(completion) | {"settings": self.mark}
+        values = dataclasses.asdict(completion) | self.marks
         return json.dumps(values, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def add(self, completion: Completion) -> None:
         """Keep one, whole, before anything else happens."""
-        descriptor = os.open(self.partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(descriptor, self._encode(completion))
-        finally:
-            os.close(descriptor)
+        line = self._encode(completion)
+        with self._usable(), self.partial.open("ab", buffering=0) as file:
+            while line:  # of which a full disk takes a part
+                line = line[file.write(line) :]
 
     def close(self, done: dict[int, Completion]) -> None:
         """All are there: put them into the file, in order."""
         if not self.partial.exists():
             return
-        with atomic_file(self.path) as file:
-            file.write(b"".join(self._encode(done[i]) for i in range(len(self.prompts))))
-        self.partial.unlink()
+        with self._usable():
+            with atomic_file(self.path) as file:
+                file.write(b"".join(self._encode(done[i]) for i in range(len(self.prompts))))
+            self.partial.unlink()
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PromptError(
+                f"{self.path}: {error}; once that is mended, the same call goes on from there"
+            ) from error
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -288,7 +340,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: expected a text file of prompts in UTF-8 ({error})") from None
     prompts = []

@@ -16,12 +16,12 @@ import jax
 
 import grokkit
 from grokkit import cli_checkpoints, cli_plan, processes
-from grokkit.batch_run import Record, batch_facts, read_prompts
+from grokkit.batch_run import Record, batch_facts, model_mark, read_prompts
 from grokkit.checkpoint import Checkpoint, check_content, open_checkpoint, stored_specs
 from grokkit.errors import ConfigError, GrokkitError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
 from grokkit.inspect_checkpoint import checkpoint_layout
-from grokkit.loading import default_mesh
+from grokkit.loading import default_dtype, default_mesh
 from grokkit.model import check_mesh, param_specs
 from grokkit.sampling import Sampling
 from grokkit.tokenizer import Tokenizer
@@ -401,9 +401,17 @@ def _check_request(
         )
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file, checkpoint.config.vocab_size)
     if prompts is not None:
+        parts = mesh.shape["data"]
+        if options.slots < 1 or options.slots % parts:
+            raise PromptError(
+                f"--slots must be at least 1 and divide over the mesh's {parts} 'data' devices, "
+                f"found {options.slots}"
+            )
         # One that does not fit is refused by itself; a file of something else, altogether.
         if processes.is_first():
-            record = Record(Path(options.out), prompts, _sampling(options), options.max_len, [])
+            dtype = options.dtype or default_dtype(mesh.devices.flat[0].platform)
+            record = Record(Path(options.out), prompts, _sampling(options), options.max_len, [],
+                            model_mark(checkpoint, dtype))  # fmt: skip
             with record.alone():
                 record.read()
         return

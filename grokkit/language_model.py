@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grokkit import capturing, scoring
 from grokkit.activation_cache import ActivationCache
+from grokkit.checkpoint import Checkpoint
 from grokkit.compiled import compiled
 from grokkit.config import GrokConfig
 from grokkit.continuation import StreamedToken, collect, continuation, stream
@@ -82,6 +83,8 @@ class LanguageModel:
         self.runnable = model
         """What is called: the pytree, or a model streamed from disk."""
         self.mesh = mesh
+        self.checkpoint: Checkpoint | None = None
+        """Where the weights come from, if they were loaded."""
         self._tokenizer = tokenizer
         self.name = name
 

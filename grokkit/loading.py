@@ -57,6 +57,11 @@ def default_mesh(config: GrokConfig, specs: Any = None) -> Mesh:
     )
 
 
+def default_dtype(platform: str) -> str:
+    """What matrix products round to, unless `load` is told: float32 on a CPU, bfloat16 elsewhere."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 def load(
     source: str | os.PathLike[str] = "nano",
     mesh: Mesh | None = None,
@@ -102,7 +107,9 @@ def load(
         model = StreamedGrok(checkpoint, specs, mesh, progress)
     else:
         model = load_params(checkpoint, specs, mesh, progress=progress)
-    return LanguageModel(model, mesh, tokenizer, str(source))
+    lm = LanguageModel(model, mesh, tokenizer, str(source))
+    lm.checkpoint = checkpoint
+    return lm
 
 
 def _prepare(
@@ -120,8 +127,7 @@ def _prepare(
     specs = stored_specs(checkpoint, param_specs(config))
     mesh = default_mesh(config, specs) if mesh is None else mesh
     check_mesh(config, mesh, specs)
-    if dtype is None:
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    dtype = default_dtype(mesh.devices.flat[0].platform) if dtype is None else dtype
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise CheckpointError(f"dtype must be float32 or bfloat16, found {dtype!r}")
     file = checkpoint.tokenizer_file

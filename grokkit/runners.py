@@ -185,7 +185,9 @@ class ModelRunner:
         )
         compilation_cache.enable()
         model = load_params(checkpoint, specs, mesh, progress=is_first())
-        return LanguageModel(model, mesh, tokenizer, name)
+        lm = LanguageModel(model, mesh, tokenizer, name)
+        lm.checkpoint = checkpoint
+        return lm
 
     def _prepare(
         self, mesh: Mesh, tokenizer_path: str, together: bool

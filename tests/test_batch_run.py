@@ -1,11 +1,14 @@
 """Many prompts into a file: none lost, none repeated, whatever interrupts."""
 
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -15,6 +18,7 @@ from grokkit import cli
 from grokkit.batch_run import Record, read_prompts
 from grokkit.checkpoint import save_params
 from grokkit.errors import PromptError
+from grokkit.language_model import LanguageModel
 from grokkit.model import initialise
 from grokkit.sampling import Sampling
 
@@ -79,7 +83,9 @@ def run_until(lines, signal_number, command, partial):
 
 
 @pytest.mark.slow
-def test_interrupts_neither_repeat_nor_lose_a_prompt(directory, checkpoint, whole, capsys):
+def test_interrupts_neither_repeat_nor_lose_a_prompt(
+    directory, checkpoint, whole, capsys, monkeypatch
+):
     prompts, out = directory / "prompts.txt", directory / "out.jsonl"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     partial = directory / "out.jsonl.partial"
@@ -104,11 +110,12 @@ def test_interrupts_neither_repeat_nor_lose_a_prompt(directory, checkpoint, whol
     assert [r["text"] for r in records] == [c.text for c in whole]
     # All is there: nothing is loaded or run again.
     before = out.read_bytes()
-    assert grokkit.batch(PROMPTS, "no such model", out, progress=False, **SETTINGS) == whole
+    monkeypatch.setattr("grokkit.batch_run.load", None)
+    assert grokkit.batch(PROMPTS, checkpoint, out, progress=False, **SETTINGS) == whole
     assert out.read_bytes() == before and not partial.exists()
 
 
-def test_files_of_other_prompts_or_settings_are_left_alone(lm, tmp_path):
+def test_files_of_other_prompts_models_or_settings_are_left_alone(lm, checkpoint, tmp_path):
     out = tmp_path / "out.jsonl"
     settings = {"max_len": 2, "slots": 2, "progress": False}
     grokkit.batch(["Two"], lm, out, **settings)
@@ -125,6 +132,14 @@ def test_files_of_other_prompts_or_settings_are_left_alone(lm, tmp_path):
         with pytest.raises(PromptError, match=message):
             grokkit.batch(prompts, lm, out, **settings | changes)
         assert out.read_bytes() == before
+    other_dtype = grokkit.load(checkpoint, lm.mesh, "bfloat16", progress=False)
+    named = LanguageModel(lm.model, lm.mesh, lm.tokenizer, "of unknown weights")
+    for other in (other_dtype, named):
+        with pytest.raises(PromptError, match="line 1: .* made by another model, or in another"):
+            grokkit.batch(["Two", "Three"], other, out, **settings)
+    streamed = grokkit.load(checkpoint, lm.mesh, progress=False, stream=True)
+    assert grokkit.batch(["Two"], streamed, out, **settings)[0].text
+    assert out.read_bytes() == before
     more = grokkit.batch(["Two", "Three"], lm, out, **settings)
     assert [c.prompt for c in more] == ["Two", "Three"]
     assert out.read_text().count("\n") == 2
@@ -175,6 +190,8 @@ def test_prompts_from_files(tmp_path):
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('"a\\nb"\n{"prompt": "c", "id": 3}\n')
     assert read_prompts(lines) == ["a\nb", "c"]
+    path.write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert read_prompts(path) == ["one", "two"]
     lines.write_text('"a"\n{"text": "c"}\n')
     with pytest.raises(PromptError, match="prompts.jsonl, line 2: expected JSON, a string or an"):
         read_prompts(lines)
@@ -189,8 +206,52 @@ def test_a_record_is_one_line_whatever_the_text_holds(tmp_path):
     from grokkit.batch_run import Completion
 
     prompts = ["a\nb\u2028", "\ud800"]
-    record = Record(tmp_path / "out.jsonl", prompts, Sampling(), 3, [])
+    record = Record(tmp_path / "out.jsonl", prompts, Sampling(), 3, [], "model")
     completion = Completion(0, prompts[0], "c\n\u2028", "length", 3, 0)
     record.add(completion)
     assert record.partial.read_bytes().count(b"\n") == 1
     assert record.read() == {0: completion}
+
+
+def test_the_same_prompt_twice(lm, tmp_path):
+    """Each has a line of its own, and a seed, also when only one of them is done."""
+    out = tmp_path / "out.jsonl"
+    settings = {"max_len": 5, "slots": 1, "progress": False, "temperature": 3.0}
+    found = grokkit.batch(["Two", "Two", "Two"], lm, out, **settings)
+    assert len({c.text for c in found}) == 3
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.rename(out.with_name("out.jsonl.partial"))
+    out.with_name("out.jsonl.partial").write_bytes(lines[1] + lines[2][:-9])
+    assert grokkit.batch(["Two", "Two", "Two"], lm, out, **settings) == found
+    assert out.read_bytes() == b"".join(lines)
+
+
+def test_a_full_disk_is_said_and_spoils_nothing(lm, tmp_path, monkeypatch):
+    """A line of which only a part was written is cut off again, and its prompt run again."""
+    out = tmp_path / "out.jsonl"
+    settings = {"max_len": 4, "slots": 1, "progress": False}
+    prompts = ["One", "Two", "Three"]
+    opened, room = Path.open, [250]
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            n = super().write(data[: min(room[0], 100)])
+            room[0] -= n
+            return n
+
+    def limited(path, *arguments, **options):
+        if path.name.endswith(".partial") and options.get("buffering") == 0:
+            return Disk(path, "a")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", limited)
+        with pytest.raises(PromptError, match="out.jsonl: .*No space left .* goes on from there"):
+            grokkit.batch(prompts, lm, out, **settings)
+    partial = out.with_name("out.jsonl.partial").read_bytes()
+    assert len(partial) == 250 and partial.count(b"\n") == 1
+    found = grokkit.batch(prompts, lm, out, **settings)
+    assert found == grokkit.batch(prompts, lm, **settings)
+    assert out.read_bytes().startswith(partial[: partial.index(b"\n") + 1])
