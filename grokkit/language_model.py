@@ -346,7 +346,8 @@ class LanguageModel:
         - `top_k`: draw only from this many most probable tokens; 0 sets no limit.
         - `min_p`: draw only tokens at least this many times as probable as the most probable one.
         - `repetition_penalty`: above 1, tokens that the text holds already become less probable.
-        - `allowed`: ids of the only tokens that may be drawn, or a mask [vocab] or [batch, vocab].
+        - `allowed`: ids of the only tokens that may be drawn, or a mask [vocab] or [batch, vocab]
+            of bools or of 0 and 1.
             Leave the end-of-text token out and no text ends before `max_len`.
 
         `grokkit.sampling` says how the settings work together.

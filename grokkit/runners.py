@@ -176,8 +176,8 @@ class ModelRunner:
             _only(option, not value, value, "None: a checkpoint is read whole, by its own names")
         if not self.checkpoint_path:
             raise ConfigError(
-                "checkpoint_path: expected the directory that holds ckpt-0/, found nothing; random "
-                "weights, which the original makes then, are of no use for inference"
+                "checkpoint_path: expected the directory that holds ckpt-0/, found nothing; "
+                "weights of 0, which the original makes then, are of no use"
             )
         together = spans_processes(mesh)
         checkpoint, specs, tokenizer = agree(
@@ -224,7 +224,7 @@ def _same_as_file(config: GrokConfig, checkpoint: Checkpoint) -> None:
 
 def _without_effect(runner: ModelRunner) -> Iterator[str]:
     """What was asked for and changes nothing, here as in the original."""
-    loaded = "weights are loaded, not initialised"
+    loaded = "weights are loaded"
     parts = (
         ("ModelRunner", runner, "rng_seed", loaded),
         ("ModelRunner", runner, "transform_forward", "the InferenceRunner decides"),

@@ -27,7 +27,13 @@ from grokkit.errors import PromptError
 N_ALTERNATIVES = 8
 _ROWS = P("data")
 
-Allowed = Sequence[int] | Bool[np.ndarray, "*batch vocab"] | Bool[Array, "*batch vocab"]
+Allowed = (
+    Sequence[int]
+    | Bool[np.ndarray, "*batch vocab"]
+    | Bool[Array, "*batch vocab"]
+    | Int[np.ndarray, "..."]
+    | Int[Array, "..."]
+)
 
 
 class Constraints(NamedTuple):
@@ -71,7 +77,7 @@ class Sampling:
     negative logits too, which would favour repetition). 1 changes nothing."""
     allowed: Allowed | None = None
     """The tokens that may be drawn: their ids, or a mask [vocab], or one for each sequence
-    [batch, vocab]. All by default."""
+    [batch, vocab]. A mask is of bools, or of 0 and 1 as the original's are. All by default."""
 
     def rows(self, n: int, vocab_size: int) -> Rows:
         """The settings of each of `n` sequences, on the host.
@@ -124,6 +130,8 @@ def _mask(allowed: Allowed | None, n: int, vocab_size: int) -> Bool[np.ndarray, 
     if allowed is None:
         return np.ones((n, vocab_size), bool)
     values = np.asarray(allowed)
+    if values.shape in ((vocab_size,), (n, vocab_size)) and np.isin(values, (0, 1)).all():
+        values = values.astype(bool)  # nobody names tokens 0 and 1 as often as there are tokens
     if values.dtype == bool:
         if values.shape not in ((vocab_size,), (n, vocab_size)):
             raise PromptError(f"allowed: expected a mask of shape {(vocab_size,)} or "

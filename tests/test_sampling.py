@@ -167,6 +167,19 @@ def test_defaults_run_the_program_that_knows_no_constraints():
     assert Sampling(top_k=[0, 1]).rows(2, 8).constraints is not None
 
 
+def test_a_mask_of_0_and_1_is_the_originals():
+    """Not the ids 0 and 1; ids that are as many as there are tokens stay ids."""
+    mask = np.array([0, 1, 1, 0, 0, 0, 1, 0])
+    for same in (mask, mask.astype(np.int32), jnp.asarray(mask), mask.astype(bool), [1, 2, 6]):
+        found = Sampling(allowed=same).rows(2, 8).constraints.allowed
+        assert (found == mask.astype(bool)).all() and found.shape == (2, 8)
+    each = Sampling(allowed=np.array([mask, 1 - mask])).rows(2, 8).constraints.allowed
+    assert (each[1] == (1 - mask).astype(bool)).all()
+    assert Sampling(allowed=range(8)).rows(1, 8).constraints.allowed.all()
+    with pytest.raises(PromptError, match="at least one token to draw"):
+        Sampling(allowed=np.zeros(8, np.int32)).rows(1, 8)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
