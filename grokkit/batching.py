@@ -9,7 +9,6 @@ that each request gets the tokens that it would get alone.
 
 import contextlib
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
 from grokkit.batch_request import Generation, Round
@@ -29,12 +27,13 @@ from grokkit.generate import (
     check_max_len,
     check_prompt,
     decode,
+    join,
     pad_right,
     padded_length,
     prefill_in_parts,
     to_host_async,
 )
-from grokkit.kv_cache import KVCache, put_row, put_rows
+from grokkit.kv_cache import KVCache
 from grokkit.language_model import LanguageModel
 from grokkit.processes import is_first, to_host
 from grokkit.sampling import Allowed, Draw, Sampling, stack
@@ -302,7 +301,7 @@ class ContinuousBatch:
                 on_rows,
             )
             state = self._ready(with_seen=new.seen is not None)
-            self._state = _join(state, new, jax.device_put(np.array(at, np.int32), _ROWS))
+            self._state = join(state, new, jax.device_put(np.array(at, np.int32), _ROWS))
         self._settings = None
         self._ask_for(_leading_axis(draw), owners, 1)
 
@@ -389,24 +388,6 @@ class ContinuousBatch:
                 generation.cancel()
         self._unread.clear()
         self._state = self._settings = None
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def _join(state: State, new: State, at: Int[Array, " row"]) -> State:
-    """Put new sequences into slots; `at` as for `put_rows`."""
-
-    def local(whole: Array, part: Array, at: Array) -> Array:
-        for row in range(at.shape[0]):
-            whole = put_row(whole, part, 0, row, at[row])
-        return whole
-
-    def put(whole: Array, part: Array) -> Array:
-        return jax.shard_map(local, in_specs=(_ROWS,) * 3, out_specs=_ROWS)(whole, part, at)
-
-    seen = state.seen
-    if seen is not None and new.seen is not None:
-        seen = put(seen, new.seen)
-    return State(put_rows(state.cache, new.cache, at), put(state.token, new.token), seen)
 
 
 @jax.jit

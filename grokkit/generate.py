@@ -6,6 +6,7 @@ rarely compiles anything.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ from jaxtyping import Array, Bool, Int, PyTree
 from grokkit.compiled import compiled, repeat
 from grokkit.config import GrokConfig
 from grokkit.errors import PromptError
-from grokkit.kv_cache import KVCache
+from grokkit.kv_cache import KVCache, put_row, put_rows
 from grokkit.model import Grok
 from grokkit.sampling import Draw, Rows, Sampling, mark_seen, sample
 from grokkit.streamed_model import PREFILL_PART, StreamedGrok
 from grokkit.taps import Capture, Change
+
+_ROWS = P("data")
 
 
 class State(NamedTuple):
@@ -145,6 +148,30 @@ def decode(
 
     state, (draws, captured) = repeat(model, step, state, n)
     return state, draws, captured
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def join(state: State, new: State, at: Int[Array, " row"]) -> State:
+    """Put new sequences over rows of a batch.
+
+    **Arguments:**
+
+    - `state`: the batch's, written in place. If it keeps no `seen`, that of `new` is left out.
+    - `new`, `at`: as for `put_rows`.
+    """
+
+    def local(whole: Array, part: Array, at: Array) -> Array:
+        for row in range(at.shape[0]):
+            whole = put_row(whole, part, 0, row, at[row])
+        return whole
+
+    def put(whole: Array, part: Array) -> Array:
+        return jax.shard_map(local, in_specs=(_ROWS,) * 3, out_specs=_ROWS)(whole, part, at)
+
+    seen = state.seen
+    if seen is not None and new.seen is not None:
+        seen = put(seen, new.seen)
+    return State(put_rows(state.cache, new.cache, at), put(state.token, new.token), seen)
 
 
 @dataclasses.dataclass(frozen=True)

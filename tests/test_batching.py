@@ -151,7 +151,7 @@ def test_random_schedules_with_interrupts(batch, lm, plain, monkeypatch):
 
         return run
 
-    for name in ("prefill_in_parts", "_join", "decode", "to_host"):
+    for name in ("prefill_in_parts", "join", "decode", "to_host"):
         monkeypatch.setattr(batching, name, at_times_cut_off(getattr(batching, name)))
     monkeypatch.setattr(batching.Generation, "take", at_times_cut_off(batching.Generation.take))
 
@@ -243,7 +243,7 @@ def test_compiling_ahead_leaves_nothing_to_compile(lm, pool, capsys):
     batch = ContinuousBatch(lm, slots=1, block=2, pad_sizes=(8, 24))
     batch.compile()
     assert "compiling: 100%" in capsys.readouterr().err
-    functions = generate.prefill, generate.decode, batching._join
+    functions = generate.prefill, generate.decode, generate.join
     programs = [function._cache_size() for function in functions]
     prompt, request, tokens = pool[3]
     found = [batch.submit(prompt, 5, **request) for _ in range(3)]
@@ -258,7 +258,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["prefill_in_parts", "_join", "decode", "to_host"])
+@pytest.mark.parametrize("where", ["prefill_in_parts", "join", "decode", "to_host"])
 def test_an_interrupt_cancels_what_runs_and_spares_what_waits(where, lm, batch, pool, monkeypatch):
     prompt, request, tokens = pool[2]
     running = [batch.submit(prompt, 12, **request) for _ in range(4)]
