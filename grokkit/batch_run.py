@@ -19,13 +19,14 @@ from grokkit.batch_request import Generation
 from grokkit.batching import ContinuousBatch
 from grokkit.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from grokkit.checkpoint.tensor_writer import atomic_file
-from grokkit.errors import PromptError
+from grokkit.errors import PromptError, TokenizerError
 from grokkit.file_lock import locked
 from grokkit.generate import bucket
 from grokkit.language_model import LanguageModel
 from grokkit.loading import default_dtype, load
 from grokkit.processes import agree, by_first, is_first, share, spans_processes
 from grokkit.sampling import Allowed, Sampling
+from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
 
 BLOCK = 8
@@ -182,7 +183,7 @@ def _complete(
     base = options.pop("seed")
     # Room for the longest that fits, so that no key is attended to in vain.
     context = lm.config.context_length
-    lengths = [len(lm.tokenizer.encode(prompts[i])) + max_len for i in waiting]
+    lengths = [_n_tokens(lm.tokenizer, prompts[i]) + max_len for i in waiting]
     longest = max((n for n in lengths if n <= context), default=2)
     together = ContinuousBatch(
         lm, slots, min(context, bucket(max(longest, 2), steps=8)), block=BLOCK
@@ -195,7 +196,7 @@ def _complete(
             seed = (base + i) % 2**32
             try:
                 generation = together.submit(prompts[i], max_len, seed=seed, stop=stop, **options)
-            except PromptError as error:
+            except (PromptError, TokenizerError) as error:
                 yield Completion(i, prompts[i], "", "refused", 0, seed, str(error))
             else:
                 running[generation] = i
@@ -206,6 +207,13 @@ def _complete(
             yield Completion(
                 i, prompts[i], generation.text, reason, len(generation.tokens), (base + i) % 2**32
             )
+
+
+def _n_tokens(tokenizer: Tokenizer, prompt: str) -> int:
+    try:
+        return len(tokenizer.encode(prompt))
+    except TokenizerError:
+        return 0  # it is refused when its turn comes
 
 
 class Record:
@@ -304,7 +312,11 @@ class Record:
 
     def _encode(self, completion: Completion) -> bytes:
         values = dataclasses.asdict(completion) | self.marks
-        return json.dumps(values, ensure_ascii=False).encode(errors="replace") + b"\n"
+        try:
+            line = json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can spell
+            line = json.dumps(values).encode()
+        return line + b"\n"
 
     def add(self, completion: Completion) -> None:
         """Keep one, whole, before anything else happens."""

@@ -210,7 +210,20 @@ def test_a_record_is_one_line_whatever_the_text_holds(tmp_path):
     completion = Completion(0, prompts[0], "c\n\u2028", "length", 3, 0)
     record.add(completion)
     assert record.partial.read_bytes().count(b"\n") == 1
-    assert record.read() == {0: completion}
+    half = Completion(1, prompts[1], "", "refused", 0, 1, "half of a pair")
+    record.add(half)
+    assert record.read() == {0: completion, 1: half}
+
+
+def test_a_prompt_that_is_no_text_is_refused_and_the_rest_go_on(lm, tmp_path):
+    lines, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines.write_text('"Two \\ud83d"\n"Two"\n"Three"\n')
+    prompts = read_prompts(lines)
+    settings = {"max_len": 3, "slots": 1, "progress": False}
+    found = grokkit.batch(prompts, lm, out, **settings)
+    assert [c.finish_reason for c in found] == ["refused", "length", "length"]
+    assert "half of a surrogate pair" in found[0].error
+    assert grokkit.batch(prompts, lm, out, **settings) == found
 
 
 def test_the_same_prompt_twice(lm, tmp_path):

@@ -1,6 +1,8 @@
 """The original's script, unchanged but for its imports, sizes and paths; and its interface."""
 
+import dataclasses
 import html
+import inspect
 import os
 import re
 import subprocess
@@ -236,16 +238,51 @@ def test_run_before_initialize(tiny_config, checkpoint):
         runner(tiny_config, checkpoint).run()
 
 
-def test_defaults_are_the_originals():
-    config = LanguageModelConfig(None, 8, 0, 2, 16)
-    assert config.fprop_dtype == jnp.bfloat16 and config.shard_embeddings is True
-    assert ModelRunner(config).bs_per_device == 2.0 and ModelRunner(config).rng_seed == 42
-    inference_runner = InferenceRunner("local", ModelRunner(config), "x")
-    assert inference_runner.tokenizer_path == "/tmp/xai_data/tokenizer.model"
-    assert inference_runner.pad_sizes == (1024,)
-    assert inference_runner.local_mesh_config == inference_runner.between_hosts_config == (1, 1)
-    transformer = TransformerConfig(1, 2, 3, 4, 5)
-    assert (transformer.widening_factor, transformer.num_experts) == (4.0, -1)
+NEEDED = dataclasses.MISSING
+ARGUMENTS = {
+    TransformerConfig: {
+        "emb_size": NEEDED, "key_size": NEEDED, "num_q_heads": NEEDED, "num_kv_heads": NEEDED,
+        "num_layers": NEEDED, "vocab_size": 131072, "widening_factor": 4.0,
+        "attn_output_multiplier": 1.0, "name": None, "num_experts": -1, "capacity_factor": 1.0,
+        "num_selected_experts": 1, "init_scale": 1.0, "shard_activations": False,
+        "data_axis": "data", "model_axis": "model",
+    },
+    LanguageModelConfig: {
+        "model": NEEDED, "vocab_size": NEEDED, "pad_token": NEEDED, "eos_token": NEEDED,
+        "sequence_len": NEEDED, "model_size": 0, "embedding_init_scale": 1.0,
+        "embedding_multiplier_scale": 1.0, "output_multiplier_scale": 1.0, "name": None,
+        "fprop_dtype": jnp.bfloat16, "model_type": None, "init_scale_override": None,
+        "shard_embeddings": True,
+    },
+    ModelRunner: {
+        "model": NEEDED, "bs_per_device": 2.0, "load_rename_rules": None,
+        "load_exclude_rules": None, "rng_seed": 42, "transform_forward": False,
+        "checkpoint_path": "",
+    },
+    InferenceRunner: {
+        "name": NEEDED, "runner": NEEDED, "load": NEEDED,
+        "tokenizer_path": "/tmp/xai_data/tokenizer.model", "local_mesh_config": (1, 1),
+        "between_hosts_config": (1, 1), "pad_sizes": (1024,),
+    },
+    Request: dict.fromkeys(["prompt", "temperature", "nucleus_p", "rng_seed", "max_len"], NEEDED),
+    QuantizedWeight8bit: dict.fromkeys(["weight", "scales"], NEEDED),
+}  # fmt: skip
+"""Of the original's classes, in their order, with their defaults."""
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS, ids=lambda kind: kind.__name__)
+def test_arguments_and_defaults_are_the_originals_and_on_the_page(kind):
+    found = [(f.name, f.default) for f in dataclasses.fields(kind)]
+    assert found == [*ARGUMENTS[kind].items()]
+    page = (Path(__file__).parents[1] / "docs" / "coming-from-the-original.md").read_text()
+    assert f"`{kind.__name__}`" in page
+    assert not [name for name, _ in found if f"`{name}`" not in page]
+
+
+def test_what_samples_takes_the_originals_arguments():
+    parameters = inspect.signature(sample_from_model).parameters.values()
+    assert [p.name for p in parameters] == ["server", "prompt", "max_len", "temperature"]
+    assert {p.default for p in parameters} == {inspect.Parameter.empty}
 
 
 def test_quantised_weight_is_a_pytree():
