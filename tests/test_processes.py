@@ -130,8 +130,9 @@ def test_files_of_two_processes(checkpoint, tiny_lm, tmp_path):
     for i in range(2):
         (tmp_path / f"of {i}").mkdir()
     (tmp_path / "of 0" / "notes.txt").write_text("my notes\n")
+    loaded = grokkit.load(checkpoint, lm.mesh, progress=False)  # a file knows its checkpoint
     alone = grokkit.batch(
-        many_processes.PROMPTS, lm, tmp_path / "alone.jsonl", **many_processes.BATCH
+        many_processes.PROMPTS, loaded, tmp_path / "alone.jsonl", **many_processes.BATCH
     )
     lines = (tmp_path / "alone.jsonl").read_bytes().splitlines(keepends=True)
     partial = tmp_path / "of 0" / "out.jsonl.partial"
