@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 import grokkit
-from grokkit.cli import PROMPT, guarded
+from grokkit.cli import guarded
+from grokkit.cli_sample import PROMPT
 from grokkit.language_model import LanguageModel
 
 DEVICES = 8
