@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--model", type=Path, default=SHIPPED, help="checkpoint directory (the shipped one)"
         )
+        if name == "compare":
+            sub.set_defaults(run=None)
+            sub.description = f"{help}; without --run, on the held-out passages that ship with it"
     return main
 
 
@@ -89,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         from grokkit.zoo.nano.compare import compare_4_bits
         from grokkit.zoo.nano.data import load_corpus
 
-        print(compare_4_bits(options.model, load_corpus(options.run)))
+        corpus = None if options.run is None else load_corpus(options.run)
+        print(compare_4_bits(options.model, corpus))
     else:
         _evaluate(options)
 

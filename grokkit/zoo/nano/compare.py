@@ -1,5 +1,6 @@
 """What fewer bits cost nano: the loss on each domain's held-out text, and routing that changes."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from tqdm.auto import tqdm
 
 import grokkit
 from grokkit.language_model import LanguageModel
-from grokkit.zoo.nano.data import Corpus
-from grokkit.zoo.nano.evaluate import BATCH, model_losses
+from grokkit.tokenizer import Tokenizer
+from grokkit.zoo.nano.data import EOS, Corpus
+from grokkit.zoo.nano.evaluate import BATCH, CARD_FILE, model_losses
+from grokkit.zoo.nano.held_out import load_sample
 
 GROUP_SIZES = (16, 32, 64)
+WINDOWS, SAMPLE_WINDOWS = 48, 16
 
 
 def chosen_sets(
@@ -36,7 +40,7 @@ def differ(
 
 
 def compare(
-    models: Mapping[str, LanguageModel], held_out: Mapping[str, np.ndarray], windows: int = 48
+    models: Mapping[str, LanguageModel], held_out: Mapping[str, np.ndarray], windows: int = WINDOWS
 ) -> dict[str, dict[str, Any]]:
     """Each model's held-out loss, and how its routing differs from the first model's.
 
@@ -66,45 +70,81 @@ def compare(
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The comparison as a table in Markdown: losses, then changed routing by domain and layer."""
     names = list(found)
-    base = found[names[0]]
+    base = found[names[0]]["loss"]
     by_layer = []
     lines = [
-        "| | " + " | ".join(base["loss"]) + " | mean |",
-        "|---" * (len(base["loss"]) + 2) + "|",
+        "| | " + " | ".join(base) + " | mean |",
+        "|---" * (len(base) + 2) + "|",
+        f"| {names[0]}: loss | " + " | ".join(f"{v:.4f}" for v in _with_mean(base)) + " |",
     ]
-    for name in names:
-        losses = found[name]["loss"]
-        cells = []
-        for mine, first in [
-            *((losses[d], base["loss"][d]) for d in losses),
-            (np.mean(list(losses.values())), np.mean(list(base["loss"].values()))),
-        ]:
-            cells.append(
-                f"{mine:.4f}" + ("" if name == names[0] else f" ({mine / first - 1:+.2%})")
-            )
+    for name in names[1:]:
+        pairs = zip(_with_mean(found[name]["loss"]), _with_mean(base), strict=True)
+        cells = [f"{100 * (mine / first - 1):+.2f} %" for mine, first in pairs]
         lines.append(f"| {name}: loss | " + " | ".join(cells) + " |")
     for name in names[1:]:
-        changed = found[name]["changed"]
-        cells = [f"{v.mean():.1%}" for v in [*changed.values(), np.mean(list(changed.values()))]]
+        changed = {domain: v.mean() for domain, v in found[name]["changed"].items()}
+        cells = [f"{100 * v:.1f} %" for v in _with_mean(changed)]
         lines.append(f"| {name}: sets changed | " + " | ".join(cells) + " |")
-        layers = np.mean(list(changed.values()), axis=0)
-        by_layer.append(f"{name}: sets changed by layer: " + ", ".join(f"{v:.1%}" for v in layers))
+        layers = np.mean(list(found[name]["changed"].values()), axis=0)
+        shares = ", ".join(f"{100 * v:.1f}" for v in layers)
+        by_layer.append(f"{name}: {shares} % of sets changed, layer by layer")
     return "\n".join([*lines, *by_layer])
 
 
-def compare_4_bits(model: Path, corpus: Corpus) -> str:
-    """Convert a checkpoint to 4-bit experts in several group sizes, compare, and say it all."""
-    mesh = grokkit.make_mesh(1, 1)
+def _with_mean(by_domain: Mapping[str, float]) -> list[float]:
+    return [*by_domain.values(), float(np.mean(list(by_domain.values())))]
+
+
+def token_streams(
+    tokenizer: Tokenizer, texts: Mapping[str, list[str]]
+) -> dict[str, Int[np.ndarray, " token"]]:
+    """Each domain's documents in a row, each ended by EOS, in a model's own tokens.
+
+    A run's tokens are those of the tokenizer that it trained, which is another one when the
+    packages that the text comes from have changed.
+    """
+    return {
+        name: np.array([i for text in documents for i in (*tokenizer.encode(text), EOS)])
+        for name, documents in texts.items()
+    }
+
+
+def other_text(model: Path, corpus: Corpus) -> list[str]:
+    """The domains whose text is not what a checkpoint's card says it was trained with."""
+    card = model / CARD_FILE
+    if not card.is_file():
+        return []
+    known = json.loads(card.read_text(encoding="utf-8")).get("data", {})
+    return [name for name, digest in corpus.digests.items() if known.get(name) != digest]
+
+
+def compare_4_bits(model: Path, corpus: Corpus | None = None) -> str:
+    """Convert a checkpoint to 4-bit experts in several group sizes, compare, and say it all.
+
+    **Arguments:**
+
+    - `model`: the checkpoint.
+    - `corpus`: whose held-out text is used; by default the passages that the package ships.
+    """
+    mesh, windows = grokkit.make_mesh(1, 1), WINDOWS
     models = {"8 bits": grokkit.load(model, mesh, "float32", progress=False)}
+    if corpus is None:
+        windows = SAMPLE_WINDOWS
+        texts = {name: [p.text for p in passages] for name, passages in load_sample().items()}
+    else:
+        texts = corpus.held_out_texts
     size = {}
     with tempfile.TemporaryDirectory() as folder:
         for group in GROUP_SIZES:
             target = Path(folder) / str(group)
             grokkit.convert(model, target, experts="int4", group_size=group, progress=False)
-            models[f"int4, groups of {group}"] = grokkit.load(
-                target, mesh, "float32", progress=False
-            )
+            models[f"groups of {group}"] = grokkit.load(target, mesh, "float32", progress=False)
             size[group] = sum(f.stat().st_size for f in target.glob("*.safetensors"))
-        found = compare(models, corpus.held_out)
-    sizes = ", ".join(f"{n:,} B with groups of {group}" for group, n in size.items())
-    return f"{table(found)}\n{sizes}"
+        found = compare(models, token_streams(models["8 bits"].tokenizer, texts), windows)
+    lines = [table(found), ", ".join(f"groups of {g}: {n:,} bytes" for g, n in size.items())]
+    for name in [] if corpus is None else other_text(model, corpus):
+        lines.append(
+            f"{name}: not the text that the model's card names, so that it may have been trained "
+            f"on some of it"
+        )
+    return "\n".join(lines)
