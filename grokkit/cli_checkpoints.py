@@ -1,6 +1,8 @@
 """The commands that write checkpoints: `grokkit convert` and `grokkit download`."""
 
 import argparse
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,11 +73,29 @@ def add_commands(commands: Any) -> None:
     download.add_argument("--no-progress", action="store_true", help="no progress bars")
 
 
+def goes_on(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command that says, when Ctrl-C ends it, that nothing of what it did is lost."""
+
+    @functools.wraps(run)
+    def said(options: argparse.Namespace) -> None:
+        try:
+            run(options)
+        except KeyboardInterrupt:
+            print(
+                "\ngrokkit: interrupted; the same command goes on where it stopped",
+                end="", file=sys.stderr,
+            )  # fmt: skip
+            raise
+
+    return said
+
+
 def writes_files(run: Callable[..., None]) -> bool:
     """Whether a command writes files, and so must tidy up after Ctrl-C."""
     return run in (_convert, _download)
 
 
+@goes_on
 def _convert(options: argparse.Namespace) -> None:
     source = shipped(options.source) or options.source
     checkpoint = convert(
@@ -94,6 +114,7 @@ def _convert(options: argparse.Namespace) -> None:
         print("every tensor is as in the source")
 
 
+@goes_on
 def _download(options: argparse.Namespace) -> None:
     progress = not options.no_progress
     checkpoint = download(options.target, options.repository, options.revision, progress)

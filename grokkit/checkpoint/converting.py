@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from grokkit.checkpoint.dialect import INDEX
 from grokkit.checkpoint.manifest import (
     MANIFEST,
+    PROGRESS,
     FileRecord,
     check_digests,
     check_sizes,
@@ -46,7 +47,6 @@ from grokkit.errors import CheckpointError, ConfigError
 
 LAYOUTS = ("official", "safetensors")
 DTYPES = ("int8", "bfloat16", "float32")
-PROGRESS = "conversion.json"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SPARE = 1 << 20  # bytes for the small files
@@ -218,8 +218,7 @@ class _Work:
         left = [file for file in files if file.name not in self.done]
         size = sum(file.size for file in left)
         self._check_space(size)
-        self.folder.mkdir(exist_ok=True)
-        self._note()
+        self._begin()
         with tqdm(
             total=sum(file.size for file in files),
             initial=sum(file.size for file in files) - size,
@@ -233,9 +232,17 @@ class _Work:
                     self.done[file.name] = write_file(self.folder / file.name, file, bar)
                     self._note()
                 except OSError as e:
-                    if e.errno not in _NO_ROOM:
-                        raise
-                    raise self._no_room(size, bar.n, bar.total) from e
+                    raise self._cannot_write(file, files, e) from e
+
+    def _begin(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._note()
+        except OSError as e:
+            raise refusal(
+                self.folder, "a directory that can be written", e.strerror or str(e),
+                "choose another place, or see to its permissions",
+            ) from e  # fmt: skip
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.target.parent).free
@@ -247,13 +254,27 @@ class _Work:
                 f"free {needed + _SPARE - free:,} bytes, or choose another disk",
             )
 
-    def _no_room(self, size: int, n: int, total: int) -> CheckpointError:
+    def _cannot_write(
+        self, file: PlannedFile, files: list[PlannedFile], error: OSError
+    ) -> CheckpointError:
+        total = sum(f.size for f in files)
+        complete = sum(record.size for record in self.done.values())
+        again = (
+            "run the same command again: it goes on after the last complete file; or remove "
+            f"{self.folder.name}"
+        )
+        if error.errno in _NO_ROOM:
+            return refusal(
+                self.folder,
+                f"room for {total:,} bytes",
+                f"a full disk, with {complete:,} of them in complete files",
+                f"make room for the other {total - complete:,} and {again}",
+            )
         return refusal(
-            self.folder,
-            f"room for {total:,} bytes",
-            f"a full disk after {n:,}",
-            "free the rest and run the same command again: it goes on after the last complete "
-            f"file; or remove {self.folder.name}",
+            self.folder / file.name,
+            f"to write a file of {file.size:,} bytes",
+            error.strerror or str(error),
+            f"see that the disk can be written and holds files of this size; then {again}",
         )
 
     def _note(self) -> None:

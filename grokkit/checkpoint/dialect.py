@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from grokkit.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
+from grokkit.checkpoint.manifest import MANIFEST, check_finished, check_sizes, read_manifest
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
@@ -100,6 +100,7 @@ def open_dialect(directory: Path, config: GrokConfig | None = None) -> Checkpoin
     **Raises:** `CheckpointError` if a file is missing, damaged, of another size than the manifest
     says, or holds something other than the configuration demands.
     """
+    check_finished(directory)
     records = read_manifest(directory)
     if not records:
         raise refusal(

@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from grokkit.checkpoint.refusal import refusal
 
 MANIFEST = "manifest.json"
+PROGRESS = "conversion.json"
+"""What a conversion has completed so far; it is there until all is."""
 FORMAT = "grokkit"
 VERSION = 1
 
@@ -97,6 +99,15 @@ def check_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
                 "none" if size is None else f"{size:,} bytes",
                 _AGAIN,
             )
+
+
+def check_finished(directory: Path) -> None:
+    """**Raises:** `CheckpointError` for what a conversion that was cut off left."""
+    if (directory / PROGRESS).exists():
+        raise refusal(
+            directory, "a finished conversion", f"one that was cut off: {PROGRESS} is still there",
+            "run the same `grokkit convert` again: it goes on where it stopped",
+        )  # fmt: skip
 
 
 def check_digests(

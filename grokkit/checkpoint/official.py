@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from grokkit.checkpoint.manifest import check_finished
 from grokkit.checkpoint.names import TensorKey, n_files, tensor_keys
 from grokkit.checkpoint.pickle_objects import BFLOAT16
 from grokkit.checkpoint.refusal import DOWNLOAD_COMMAND, refusal
@@ -123,6 +124,7 @@ def open_official(
     """
     folder = _find(Path(directory))
     root = folder.parent
+    check_finished(root)
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if config is None:
         config = _config(root, folder, names)

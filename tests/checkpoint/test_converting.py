@@ -256,7 +256,8 @@ def test_a_full_disk_and_ctrl_c(golden, converted, error, tmp_path, monkeypatch)
     with pytest.raises(expected) as e:
         convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
     if isinstance(error, OSError):
-        assert "found: a full disk after" in str(e.value)
+        sizes = [path.stat().st_size for path in (tmp_path / "x.partial").glob("*.safetensors")]
+        assert f"found: a full disk, with {sum(sizes):,} of them in complete files" in str(e.value)
         assert "run the same command again" in str(e.value)
     monkeypatch.undo()
     assert left(tmp_path) == ["x.partial"]
@@ -306,7 +307,7 @@ import os, random, signal, sys
 from grokkit.checkpoint import convert, converting, open_checkpoint
 from grokkit.errors import CheckpointError
 
-source, target, shard_bytes, seed = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4])
+source, target, shard_bytes, most, seed = *sys.argv[1:3], *map(int, sys.argv[3:])
 events, last = 0, None
 
 def counted(function):
@@ -333,7 +334,7 @@ def attempt():
 random.seed(seed)
 kills = 0
 while True:
-    last = random.randint(1, 160)
+    last = random.randint(1, most)
     status = attempt()
     if status == 0:
         break
@@ -346,6 +347,7 @@ while True:
         continue
     # Only when every file was complete, and its name alone was missing, may it load.
     assert os.path.exists(target + ".partial/manifest.json")
+    assert not os.path.exists(target + ".partial/conversion.json")
 print(kills)
 """
 
@@ -365,17 +367,64 @@ def test_complete_but_of_something_else_is_refused(golden, converted, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_killed_at_random_points(golden, converted, tmp_path):
+# Events of a whole conversion are more than twice as many: there are always two kills.
+@pytest.mark.parametrize("to, most", [("safetensors", 160), ("official", 600)])
+def test_killed_at_random_points(golden, converted, to, most, tmp_path):
     """Whenever it dies, nothing loads that is not complete, and it goes on to the same bytes."""
+    source = golden if to == "safetensors" else converted
     run = subprocess.run(
-        [sys.executable, "-c", KILLED, str(golden), str(tmp_path / "x"), str(SHARDS),
+        [sys.executable, "-c", KILLED, str(source), str(tmp_path / "x"), str(SHARDS), str(most),
          str(random.randrange(10**6))],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) >= 2
-    assert same(tmp_path / "x", converted)
     assert left(tmp_path) == ["x"]
+    if to == "safetensors":
+        assert same(tmp_path / "x", converted)
+    else:
+        assert same(tmp_path / "x" / "ckpt-0", golden / "ckpt-0")
+
+
+def test_ctrl_c_at_the_command_line(golden, tmp_path, monkeypatch, capsys):
+    def interrupted(out, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converting, "write_chunk", interrupted)
+    arguments = ["convert", str(golden), str(tmp_path / "x"), "--no-progress"]
+    assert cli.main(arguments) == cli.INTERRUPTED
+    printed = capsys.readouterr()
+    assert printed.err.endswith("interrupted; the same command goes on where it stopped\n")
+    assert "Traceback" not in printed.err and printed.out == ""
+    assert left(tmp_path / "x.partial") == ["conversion.json"]
+
+
+def test_official_files_of_a_conversion_under_way(golden, tmp_path, monkeypatch):
+    """All tensors are there, but not yet what says so."""
+    monkeypatch.setattr(converting._Work, "finish", lambda *_: None)
+    arguments = {"to": "official", "progress": False}
+    with pytest.raises(CheckpointError):
+        convert(golden, tmp_path / "x", **arguments)
+    monkeypatch.undo()
+    folder = tmp_path / "x.partial"
+    shutil.copy(golden / "config.json", folder)
+    assert len(list((folder / "ckpt-0").iterdir())) == 146
+    for directory in (folder, folder / "ckpt-0"):
+        with pytest.raises(CheckpointError, match="one that was cut off"):
+            open_checkpoint(directory)
+    assert len(convert(golden, tmp_path / "x", **arguments)) == 146
+
+
+@pytest.mark.parametrize("at", ["begin", "file"])
+def test_a_disk_that_cannot_be_written(golden, at, tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EFBIG if at == "file" else errno.EROFS, "it cannot be done")
+
+    monkeypatch.setattr(converting, "write_chunk" if at == "file" else "write_json", failing)
+    with pytest.raises(CheckpointError, match=r"(?s)x\.partial.*found: it cannot be done") as e:
+        convert(golden, tmp_path / "x", progress=False)
+    assert ("holds files of this size" in str(e.value)) == (at == "file")
+    assert not (tmp_path / "x").exists()
 
 
 # Around it
