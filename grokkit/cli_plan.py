@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax
 from grokkit.checkpoint import open_checkpoint
 from grokkit.cli_arguments import n_bytes
 from grokkit.config import GROK_1, NANO, GrokConfig
+from grokkit.errors import ConfigError
 from grokkit.planning import MACHINES, plan
 from grokkit.sharding import virtual_devices
 
@@ -45,8 +47,8 @@ def add(commands: Any, mesh_shape: Any) -> None:
         "--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)"
     )
     command.add_argument(
-        "--capture", action="append", default=[], metavar="SITE",
-        help="an activation to keep of a prompt that fills the context, as generate_with_cache "
+        "--capture", action="extend", type=_sites, default=[], metavar="SITE,SITE,...",
+        help="activations to keep of a prompt that fills the context, as generate_with_cache "
         "does; may be given several times",
     )  # fmt: skip
     command.add_argument(
@@ -59,6 +61,23 @@ def add(commands: Any, mesh_shape: Any) -> None:
     )  # fmt: skip
 
 
+def _sites(text: str) -> list[str]:
+    """`"pattern,resid_post"` as names."""
+    return [name.strip() for name in text.split(",")]
+
+
+def _config(name: str) -> GrokConfig:
+    """A preset, or what a file says."""
+    if name in _PRESETS:
+        return _PRESETS[name]
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"--config: expected {', '.join(_PRESETS)} or a config.json, found no file {name!r}; "
+            f"--checkpoint DIR takes the sizes of a checkpoint"
+        )
+    return GrokConfig.from_json(name)
+
+
 def _run(options: argparse.Namespace) -> None:
     # Before JAX starts: no accelerator is asked for, nor are there ever too few devices.
     jax.config.update("jax_platforms", "cpu")
@@ -66,7 +85,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.checkpoint is not None:
         config = open_checkpoint(options.checkpoint)
     else:
-        config = _PRESETS.get(options.config) or GrokConfig.from_json(options.config)
+        config = _config(options.config)
     print(plan(
         config, options.mesh, options.context, options.batch, tuple(options.capture),
         options.dtype, options.device_memory,

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
+from matplotlib.figure import Figure
 
 from grokkit.checkpoint import Checkpoint, stored_specs
 from grokkit.config import GROK_1, GrokConfig
@@ -27,6 +28,7 @@ from grokkit.sharding import abstract, is_spec, make_mesh
 GB = 1_000_000_000
 MACHINES = ((8, 80 * GB), (8, 40 * GB), (4, 141 * GB))
 """Devices and bytes of each: what Grok-1 is commonly run on."""
+_CAPTURE, _TEMPORARIES = "capture ", "temporaries"
 _QUICK = {"xla_backend_optimization_level": 0}  # machine code that will not run; memory is the same
 
 
@@ -38,11 +40,22 @@ class Verdict:
     device_memory: int
     mesh: tuple[int, int]
     """Devices along the batch, and devices that share each layer's weights."""
-    needed: int
-    """Bytes on the fullest device, or, where `whole` is false, of weights and cache alone."""
+    parts: tuple[tuple[str, int], ...]
+    """What takes memory, and bytes of it on the fullest device; where `whole` is false, weights and
+    cache alone."""
     whole: bool
-    """Whether `needed` counts the programs too. They are not compiled where the weights and the
+    """Whether captures and programs count too. They are not compiled where the weights and the
     cache alone do not fit."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the fullest device, of what counts."""
+        return sum(n for _, n in self.parts)
+
+    @property
+    def machine(self) -> str:
+        """What it is called."""
+        return f"{self.n_devices} x {self.device_memory / GB:g} GB"
 
     @property
     def fits(self) -> bool:
@@ -50,12 +63,11 @@ class Verdict:
         return self.needed <= self.device_memory
 
     def __str__(self) -> str:
-        machine = f"{self.n_devices} x {self.device_memory / GB:g} GB"
-        mesh = f"mesh {self.mesh[0]},{self.mesh[1]}"
+        on = f"{self.machine}, mesh {self.mesh[0]},{self.mesh[1]}"
         if self.fits:
-            return f"{machine}: {mesh} fits, {_gb(self.device_memory - self.needed)} to spare"
-        what = "" if self.whole else "weights and cache alone "
-        return f"{machine}: {mesh} does not fit, {what}take {_gb(self.needed)}"
+            return f"{on}: fits, {_gb(self.device_memory - self.needed)} a device to spare"
+        what = "it takes" if self.whole else "weights and cache alone take"
+        return f"{on}: does NOT fit, {what} {_gb(self.needed)} a device"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -91,6 +103,16 @@ class Plan:
     def fits(self) -> bool:
         """Whether a device has as much."""
         return self.bytes_per_device <= self.device_memory
+
+    def figure(self) -> Figure:
+        """Bars of what a device needs on each machine and mesh, beside what it has."""
+        from grokkit.plots import device_memory  # late: planning needs no figures
+
+        names = [f"{v.machine}\nmesh {v.mesh[0]},{v.mesh[1]}" for v in self.verdicts]
+        kinds = dict.fromkeys(kind for v in self.verdicts for kind, _ in v.parts)
+        parts = {kind: [dict(v.parts).get(kind, 0) for v in self.verdicts] for kind in kinds}
+        title = f"What a device needs for {self.batch} x {self.context:,} tokens, and has"
+        return device_memory(names, parts, [v.device_memory for v in self.verdicts], title)
 
     def _lines(self) -> list[str]:
         lines = []
@@ -204,8 +226,14 @@ class _Measured:
     collectives: tuple[Collective, ...]
 
     @property
-    def needed(self) -> int:
-        return _sum((row[0], row[3]) for row in self.rows)
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """Bytes on the fullest device of what is there at once, captures together."""
+        sizes = {name: n for name, _, _, n in self.rows}
+        captures = sum(n for name, n in sizes.items() if name.startswith(_CAPTURE))
+        kept = [(name, sizes[name]) for name in ("weights", "KV cache")]
+        temporaries = max(n for name, n in sizes.items() if name.endswith(_TEMPORARIES))
+        rest = [("captures", captures)] if captures else []
+        return (*kept, ("temporaries", temporaries), *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,11 +285,18 @@ class _Case:
             prompt, step = (p.compile(compiler_options=_QUICK) for p in (prompt, step))
         n = mesh.size
         rows = self.kept(shape)
-        rows += [(f"capture {name}", s, total, local) for name, s, total, local in bill(kept).rows]
+        rows += [
+            (f"{_CAPTURE}{name}", s, total, local) for name, s, total, local in bill(kept).rows
+        ]
         temporaries = [p.memory_analysis().temp_size_in_bytes for p in (prompt, step)]
         rows += [
-            ("prefill temporaries", f"{part:,} tokens at once", n * temporaries[0], temporaries[0]),
-            ("decode temporaries", "one token", n * temporaries[1], temporaries[1]),
+            (
+                f"prefill {_TEMPORARIES}",
+                f"{part:,} tokens at once",
+                n * temporaries[0],
+                temporaries[0],
+            ),
+            (f"decode {_TEMPORARIES}", "one token", n * temporaries[1], temporaries[1]),
         ]
         return _Measured(tuple(rows), collectives(step.as_text()))
 
@@ -284,20 +319,20 @@ class _Case:
 def _sum(rows: Iterable[tuple[str, int]]) -> int:
     """All bytes but those of the smaller temporaries: the two programs do not run at once."""
     rows = list(rows)
-    return sum(n for _, n in rows) - min(n for name, n in rows if "temporaries" in name)
+    return sum(n for _, n in rows) - min(n for name, n in rows if name.endswith(_TEMPORARIES))
 
 
 def _verdict(
     case: _Case, mesh: tuple[int, int], memory: int, measured: dict[tuple[int, int], _Measured]
 ) -> Verdict:
     """Whether a mesh fits; what has to be measured for it joins `measured`."""
-    kept = sum(row[3] for row in case.kept(mesh))
+    kept = tuple((row[0], row[3]) for row in case.kept(mesh))
     n_devices = math.prod(mesh)
     if mesh not in measured:
-        if kept > memory:
+        if sum(n for _, n in kept) > memory:
             return Verdict(n_devices, memory, mesh, kept, whole=False)
         measured[mesh] = case.measure(mesh)
-    return Verdict(n_devices, memory, mesh, measured[mesh].needed, whole=True)
+    return Verdict(n_devices, memory, mesh, measured[mesh].parts, whole=True)
 
 
 def _meshes(case: _Case, n_devices: int) -> list[tuple[int, int]]:

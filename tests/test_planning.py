@@ -1,13 +1,17 @@
 """What a model takes, said without it."""
 
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import grokkit
 from grokkit import cli
+from grokkit.checkpoint import open_checkpoint
 from grokkit.checkpoint.names import tensor_keys
 from grokkit.cli_arguments import n_bytes
 from grokkit.errors import ConfigError, PromptError
@@ -58,8 +62,23 @@ def test_what_fits_is_said(grok_1):
     assert one.needed == pytest.approx(2 * sum(kept), rel=0.02)
     for text in (repr(grok_1), grok_1._repr_html_()):
         assert f"{grok_1.bytes_per_device:,}" in text and "128 x all-reduce a token" in text
-        assert "8 x 40 GB: mesh 1,8 does not fit, take" in text.replace(" ,", ",")
-        assert "weights and cache alone take" in text
+        assert "8 x 40 GB, mesh 1,8: does NOT fit, it takes 40.3 GB a device" in text
+        assert "4 x 1 GB, mesh 1,4: does NOT fit, weights and cache alone take" in text
+
+
+def test_the_figure_shows_what_the_table_says(grok_1):
+    axes = grok_1.figure().axes[0]
+    words = [text.get_text().strip() for text in axes.texts]
+    assert words == [f"{v.needed / 1e9:.3g} GB: does not fit" for v in grok_1.verdicts]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "8 x 40 GB\nmesh 1,8", "4 x 1 GB\nmesh 1,4"
+    ]  # fmt: skip
+    kinds = dict(grok_1.verdicts[0].parts)
+    assert kinds["temporaries"] == max(r[3] for r in grok_1.rows if "temporaries" in r[0])
+    assert sum(kinds.values()) == grok_1.bytes_per_device
+    bars = np.array([bar.get_width() for bar in axes.patches]).reshape(3, 2)
+    np.testing.assert_allclose(bars[:, 0] * 1e9, list(kinds.values()))
+    assert bars[2, 1] == 0  # of what does not fit anyhow, nothing was compiled
 
 
 def test_captures_count(tiny_config):
@@ -96,3 +115,32 @@ def test_refused(tiny_config):
     assert [n_bytes(t) for t in ("80GB", "40 GiB", "7")] == [80 * 10**9, 40 * 2**30, 7]
     with pytest.raises(SystemExit):
         cli.main(["plan", "--device-memory", "80 apples"])
+
+
+def test_the_command(tmp_path, tiny_config):
+    """In a process of its own: it tells JAX which devices there are."""
+    tiny_config.to_json(tmp_path / "config.json")
+    command = [sys.executable, "-m", "grokkit.cli", "plan", "--context=32", "--mesh=1,2"]
+    own = [f"--config={tmp_path / 'config.json'}", "--capture=resid_post, pattern", "--capture=z",
+           "--device-memory=100kB"]  # fmt: skip
+    run = subprocess.run([*command, *own], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    expected = plan(tiny_config, (1, 2), 32, captures=("resid_post", "pattern", "z"),
+                    device_memory=10**5)  # fmt: skip
+    assert run.stdout.splitlines() == repr(expected).splitlines()
+    assert "does NOT fit in 100 kB a device" in run.stdout
+    assert "8 x 80 GB, mesh 1,8: fits" in run.stdout
+    run = subprocess.run([*command, "--config=grok-2"], capture_output=True, text=True, check=False)
+    assert run.returncode == cli.BAD_INPUT and "Traceback" not in run.stderr
+    assert "expected grok-1, nano or a config.json, found no file 'grok-2'" in run.stderr
+
+
+def test_a_checkpoint_counts_as_it_is_held(golden_dir, tmp_path):
+    """Floats as floats; experts in 4 bits on disk are 8 bits in memory, with more scales."""
+    grokkit.convert(golden_dir, tmp_path / "floats", dtype="bfloat16", progress=False)
+    grokkit.convert(golden_dir, tmp_path / "int4", experts="int4", group_size=8, progress=False)
+    for source in (golden_dir, tmp_path / "floats", tmp_path / "int4"):
+        found = plan(open_checkpoint(source), (1, 1), 32, machines=[])
+        lm = grokkit.load(source, grokkit.make_mesh(1, 1), progress=False)
+        (weights,) = (row for row in found.rows if row[0] == "weights")
+        assert weights[2] == weights[3] == sum(a.nbytes for a in jax.tree.leaves(lm.model))

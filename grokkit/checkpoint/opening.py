@@ -1,6 +1,7 @@
 """Opening a checkpoint in any of the layouts that grokkit reads."""
 
 import os
+import sys
 from pathlib import Path
 
 from grokkit.checkpoint.dialect import SUFFIX, is_dialect, open_dialect
@@ -28,8 +29,15 @@ def open_checkpoint(
     **Returns:** a `Checkpoint`.
 
     **Raises:** `CheckpointError` if a file is missing, extra, misnumbered, damaged, or not of the
-    shape, dtype and scale grouping that the sizes demand; `ConfigError` for a bad `config.json`.
+    shape, dtype and scale grouping that the sizes demand, and on a big-endian processor;
+    `ConfigError` for a bad `config.json`.
     """
+    if sys.byteorder != "little":
+        # bfloat16 has no byte order of its own in numpy: its numbers would be read wrongly.
+        raise refusal(
+            directory, "a little-endian processor: the numbers of every layout are", "a big-endian "
+            "one", "read it on another machine; x86-64 and ARM are little-endian",
+        )  # fmt: skip
     root = Path(directory).expanduser()
     if not root.is_dir() or (root / FOLDER).exists():
         return open_official(directory, config)

@@ -6,7 +6,7 @@ A notebook shows the figure that is a cell's last value. Save one with
 
 from grokkit.plots.attention import attention_heads, attention_pattern
 from grokkit.plots.causes import causal_versus_observed, patching_map
-from grokkit.plots.memory import memory_bill, weight_layout
+from grokkit.plots.memory import device_memory, memory_bill, weight_layout
 from grokkit.plots.notebook import show_figures
 from grokkit.plots.predictions import attribution_terms, logit_lens, next_token
 from grokkit.plots.routing import (
@@ -26,6 +26,7 @@ __all__ = [
     "causal_versus_observed",
     "chosen_experts",
     "coactivation",
+    "device_memory",
     "domain_specialisation",
     "expert_load",
     "logit_lens",

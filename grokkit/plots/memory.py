@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from grokkit.errors import GrokkitError
-from grokkit.plots.style import MISSING, checked, ink
+from grokkit.plots.style import EXPERT_COLOURS, MISSING, checked, ink
 
+_PARTS = EXPERT_COLOURS[:4]  # weights, cache, temporaries, captures
 _TOTAL, _DEVICE = "#BBBBBB", "#333333"
 
 
@@ -74,6 +75,61 @@ def memory_bill(
     axes.spines[["top", "right"]].set_visible(False)
     if len(bills) > 1:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def device_memory(
+    machines: Sequence[str],
+    parts: Mapping[str, Sequence[int | float]],
+    limits: Sequence[int | float],
+    title: str = "What a device needs, and has",
+) -> Figure:
+    """A bar for each machine of what one of its devices needs, and a mark at what it has.
+
+    **Arguments:**
+
+    - `machines`: their names.
+    - `parts`: bytes on a device, by what takes them, on each machine.
+    - `limits`: bytes that a device of each machine has.
+    - `title`: over the figure.
+
+    **Raises:** `GrokkitError` for sizes that do not match, or negative ones.
+
+    ```python
+    device_memory(
+        ["8 x 80 GB", "8 x 40 GB"],
+        {"weights": [39.8e9, 39.8e9], "temporaries": [0.5e9, 0.5e9]},
+        [80e9, 40e9],
+    )
+    ```
+    """
+    rows = {name: checked(name, sizes, "machine") for name, sizes in parts.items()}
+    for name, sizes in {"limits": checked("limits", limits, "machine"), **rows}.items():
+        if len(sizes) != len(machines):
+            raise GrokkitError(f"{name}: expected a size for each of {len(machines)} machines, "
+                               f"found {len(sizes)}")  # fmt: skip
+        if sizes.min() < 0:
+            raise GrokkitError(f"{name}: expected sizes in bytes, found {sizes.min()}")
+    figure = Figure(figsize=(7.0, 0.5 * len(machines) + 1.5), layout="constrained")
+    axes = figure.add_subplot()
+    places, ends = np.arange(len(machines))[::-1], np.zeros(len(machines))
+    for (name, sizes), colour in zip(rows.items(), _PARTS, strict=False):
+        axes.barh(places, sizes / 1e9, 0.55, left=ends / 1e9, color=colour, label=name)
+        ends = ends + sizes
+    axes.vlines([limit / 1e9 for limit in limits], places - 0.42, places + 0.42, color="black",
+                linewidth=2, label="what a device has")  # fmt: skip
+    for place, end, limit in zip(places, ends, limits, strict=True):
+        verdict = "fits" if end <= limit else "does not fit"
+        axes.text(max(end, limit) / 1e9, place, f"  {end / 1e9:.3g} GB: {verdict}", va="center",
+                  fontsize=8)  # fmt: skip
+    axes.set_yticks(places, list(machines), fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.6, len(machines) - 0.4)
+    axes.set_xlim(0, 1.35 * max(*ends, *limits) / 1e9)
+    axes.set_xlabel("bytes on a device (GB)")
+    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 

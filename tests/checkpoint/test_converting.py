@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +19,19 @@ from helpers import reference_weights, relative_error
 
 import grokkit
 from grokkit import cli
-from grokkit.checkpoint import check_content, convert, converting, matrices, open_checkpoint
+from grokkit.checkpoint import (
+    check_content,
+    convert,
+    converting,
+    matrices,
+    open_checkpoint,
+    stored_specs,
+)
+from grokkit.config import GrokConfig
 from grokkit.errors import CheckpointError, ConfigError, GrokkitError
+from grokkit.model import param_specs
 from grokkit.quant import QuantizedArray, quantize
+from grokkit.sharding import is_spec
 
 SHARDS = 300_000  # bytes: twelve files
 
@@ -136,6 +147,30 @@ def test_4_bits(golden, golden_weights, before, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="'group_split' of size 11"):
             grokkit.load(tmp_path / "x", grokkit.make_mesh(1, 2), progress=False)
         assert dict(grokkit.load(tmp_path / "x", progress=False).mesh.shape)["model"] == 1
+
+
+def test_no_platform_needs_4_bit_numbers_of_its_own(golden, tmp_path):
+    """What reaches a device of a 4-bit checkpoint are the types of an 8-bit one."""
+    convert(golden, tmp_path / "x", experts="int4", group_size=8, progress=False)
+    mesh = grokkit.make_mesh(1, 1)
+    specs = stored_specs(open_checkpoint(tmp_path / "x"), param_specs(GrokConfig.from_json(
+        golden / "config.json")))  # fmt: skip
+    dtypes = {np.dtype(spec.dtype).name for spec in jax.tree.leaves(specs, is_leaf=is_spec)}
+    assert dtypes == {"int8", "bfloat16", "float32"}
+    model = grokkit.load(tmp_path / "x", mesh, progress=False).model
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == dtypes
+
+
+def test_big_endian_processors_are_refused(golden, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "byteorder", "big")
+    for call in [
+        lambda: open_checkpoint(golden),
+        lambda: grokkit.load(converted, grokkit.make_mesh(1, 1), progress=False),
+        lambda: convert(golden, tmp_path / "x", experts="int4", group_size=8, progress=False),
+    ]:
+        with pytest.raises(CheckpointError, match="found: a big-endian one\n  what to do: read it"):
+            call()
+    assert left(tmp_path) == []
 
 
 @pytest.mark.slow

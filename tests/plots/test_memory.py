@@ -32,6 +32,21 @@ def test_memory_bill_of_a_large_model_without_devices():
     assert "305 GiB in all" in figure.axes[0].get_title()
 
 
+@pytest.mark.parametrize("n", [1, 3, 12])
+def test_device_memory(n):
+    sizes = {
+        "weights": [40e9] * n, "KV cache": [10e9] * n, "temporaries": [2e9 * i for i in range(n)]
+    }  # fmt: skip
+    figure = plots.device_memory([f"machine {i}\nmesh 1,{i}" for i in range(n)], sizes, [52e9] * n)
+    assert_fit_to_show(figure)
+    axes = figure.axes[0]
+    bars = np.array([(b.get_x(), b.get_width()) for b in axes.patches]).reshape(3, n, 2)
+    np.testing.assert_allclose(bars[..., 0], np.repeat([[0], [40], [50]], n, axis=1))
+    np.testing.assert_allclose(bars[..., 1] * 1e9, list(sizes.values()))
+    verdicts = [text.get_text().split(": ")[1] for text in axes.texts]
+    assert verdicts == ["fits", "fits", *["does not fit"] * n][:n]
+
+
 def parts(axes) -> dict[str, tuple[float, float, float, float]]:
     """What stands in each part, and where: left, top, width, height in shares of the whole."""
     boxes = [p.get_bbox() for p in axes.patches if isinstance(p, Rectangle)]
@@ -98,6 +113,11 @@ def test_weight_layout_over_64_devices():
         (lambda: plots.memory_bill(["a"], [1, 2]), "total: expected a size for each of 1 names"),
         (lambda: plots.memory_bill(["a"], [1], [-1]), "per_device: expected sizes in bytes"),
         (lambda: plots.memory_bill([], []), "none of them empty"),
+        (
+            lambda: plots.device_memory(["a"], {"w": [1, 2]}, [1]),
+            "w: expected a size for each of 1",
+        ),
+        (lambda: plots.device_memory(["a"], {"w": [1]}, [-1]), "limits: expected sizes in bytes"),
         (lambda: plots.weight_layout({}), "at least one"),
         (lambda: plots.weight_layout({"x": np.ones(2)}), "x: expected an array with a sharding"),
     ],

@@ -1,11 +1,25 @@
 """The comparison of models in fewer bits."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import grokkit
 import grokkit.zoo
-from grokkit.zoo.nano.compare import chosen_sets, compare, differ, table
+from grokkit.zoo.nano.compare import (
+    chosen_sets,
+    compare,
+    compare_4_bits,
+    differ,
+    other_text,
+    table,
+    token_streams,
+)
+from grokkit.zoo.nano.data import Corpus
+
+DOCS = Path(__file__).parents[2] / "docs" / "quantisation.md"
 
 
 def test_sets_differ_whatever_their_order():
@@ -24,10 +38,41 @@ def test_table():
         "| | prose | code | mean |",
         "|---|---|---|---|",
         "| 8 bits: loss | 2.0000 | 1.0000 | 1.5000 |",
-        "| int4: loss | 2.2000 (+10.00%) | 1.0000 (+0.00%) | 1.6000 (+6.67%) |",
-        "| int4: sets changed | 25.0% | 0.0% | 12.5% |",
-        "int4: sets changed by layer: 0.0%, 25.0%",
+        "| int4: loss | +10.00 % | +0.00 % | +6.67 % |",
+        "| int4: sets changed | 25.0 % | 0.0 % | 12.5 % |",
+        "int4: 0.0, 25.0 % of sets changed, layer by layer",
     ]
+
+
+def test_text_in_the_models_own_tokens():
+    lm = grokkit.load("nano", grokkit.make_mesh(1, 1), progress=False)
+    found = token_streams(lm.tokenizer, {"prose": ["The duty", "of the"]})
+    expected = [*lm.tokenizer.encode("The duty"), 2, *lm.tokenizer.encode("of the"), 2]
+    assert found["prose"].tolist() == expected
+
+
+def test_text_of_other_packages_is_named(tmp_path):
+    (tmp_path / "card.json").write_text('{"data": {"prose": "a", "code": "b"}}')
+    corpus = Corpus({}, {}, {}, digests={"prose": "a", "code": "c"}, tokenizer=b"")
+    assert other_text(tmp_path, corpus) == ["code"]
+    assert other_text(tmp_path / "elsewhere", corpus) == []
+
+
+@pytest.mark.slow
+def test_the_cost_that_the_documentation_states():
+    """On the passages that ship with nano, as `python -m grokkit.zoo.nano compare` prints it."""
+    printed = {
+        line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:]
+        for line in compare_4_bits(Path(str(grokkit.zoo.shipped("nano")))).splitlines()
+        if line.startswith("| groups of")
+    }
+    said = re.search(
+        r"with groups of 32 \+([\d.]+) % and ([\d.]+) %", " ".join(DOCS.read_text().split())
+    )
+    assert said is not None
+    for kind, text, tolerance in [("loss", said[1], 0.03), ("sets changed", said[2], 0.2)]:
+        mean = float(printed[f"groups of 32: {kind}"][-1].removesuffix(" %"))
+        assert mean == pytest.approx(float(text), abs=tolerance)
 
 
 @pytest.mark.slow
