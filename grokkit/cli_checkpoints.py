@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
     download = commands.add_parser(
         "download", help="fetch the official weights",
         description="Fetch a checkpoint from the Hugging Face Hub, 318 GB for the official one, and "
-        "compare every file's digest. What was cut off goes on where it stopped. Needs "
+        "compare every file's digest. The same command goes on after the last complete file. Needs "
         "huggingface_hub: pip install 'grokkit[hub]'.",
     )  # fmt: skip
     download.set_defaults(run=_download)
@@ -82,7 +82,7 @@ def goes_on(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Nam
             run(options)
         except KeyboardInterrupt:
             print(
-                "\ngrokkit: interrupted; the same command goes on where it stopped",
+                "\ngrokkit: interrupted; the same command goes on after the last complete file",
                 end="", file=sys.stderr,
             )  # fmt: skip
             raise

@@ -5,8 +5,10 @@ import dataclasses
 import fnmatch
 import importlib
 import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ PATTERNS = (
 CHECKED = ".cache/grokkit-checked.json"
 _SPARE = 1 << 24  # bytes for what the downloader keeps beside the files
 _POLL = 0.5  # seconds between two looks at how much is there
+_ORPHAN = re.compile(r".*\.[0-9a-f]{8}\.incomplete")
+"""What releases 1.31 and later of the library call a file under way. No later process goes on with
+it (github.com/huggingface/huggingface_hub/issues/4196), and one that is killed leaves it behind."""
+_ABANDONED = 60  # seconds without a byte, after which nobody is writing any more
+_AGAIN = "run the same command again: files that are complete are not fetched again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +60,9 @@ def download(
 ) -> Checkpoint:
     """Fetch a checkpoint, the official one by default. Needs the extra `hub`.
 
-    What was cut off goes on where it stopped when the same call is made again. Nothing is unpickled
-    or executed.
+    When the same call is made again after an interruption, complete files are not fetched again; the
+    one that was under way begins anew, unless the library can go on with it. Nothing is unpickled or
+    executed.
 
     **Arguments:**
 
@@ -85,7 +93,7 @@ def download(
             f"free {missing + _SPARE - free:,} bytes, or choose another disk",
         )  # fmt: skip
     target.mkdir(parents=True, exist_ok=True)
-    with _watching(hub, target, files, progress):
+    with _watching(hub, target, files, progress, ignored=sweep(target)):
         for file in files:
             _fetch(hub, repository, commit, target, file)
     _check(target, files, progress)
@@ -136,7 +144,7 @@ def _fetch(hub: Any, repository: str, commit: str, target: Path, file: RemoteFil
             raise _no_network(file.name, hub.constants.ENDPOINT, e) from e
         raise refusal(
             target / file.name, f"room for {file.size:,} bytes", e.strerror or str(e),
-            "make room and run the same command again: it goes on where it stopped",
+            f"make room and {_AGAIN}",
         ) from e  # fmt: skip
     except Exception as e:
         raise _no_network(file.name, hub.constants.ENDPOINT, e) from e
@@ -148,7 +156,7 @@ def _no_network(what: str, endpoint: str, error: Exception) -> CheckpointError:
         f"an answer from {endpoint}",
         f"{type(error).__name__}: {_first_line(error)}",
         "check the connection (HF_ENDPOINT names another server, HF_HUB_OFFLINE forbids any) and "
-        "run the same command again: it goes on where it stopped",
+        f"{_AGAIN}",
     )
 
 
@@ -162,14 +170,36 @@ def _there(target: Path, file: RemoteFile) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def _unfinished(target: Path) -> set[Path]:
+    return set((target / ".cache" / "huggingface").rglob("*.incomplete"))
+
+
+def sweep(target: Path) -> set[Path]:
+    """Remove what killed downloads left in a directory.
+
+    **Returns:** what may be left by one, but was written to just now.
+    """
+    fresh = set()
+    for path in _unfinished(target):
+        if not _ORPHAN.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):  # another process may have finished it
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                path.unlink()
+            else:
+                fresh.add(path)
+    return fresh
+
+
 @contextlib.contextmanager
-def _watching(hub: Any, target: Path, files: list[RemoteFile], progress: bool) -> Iterator[None]:
+def _watching(
+    hub: Any, target: Path, files: list[RemoteFile], progress: bool, ignored: set[Path]
+) -> Iterator[None]:
     """A bar of the bytes on the disk, whichever way the library fetches them."""
 
     def there() -> int:
-        parts = (target / ".cache" / "huggingface").rglob("*.incomplete")
         found = sum(_there(target, file) for file in files)
-        for part in parts:
+        for part in _unfinished(target) - ignored:
             with contextlib.suppress(OSError):  # it was finished, and renamed, meanwhile
                 found += part.stat().st_size
         return found

@@ -219,7 +219,7 @@ def _check_unfinished(folder: Path, names: list[str]) -> None:
             folder,
             "a finished download",
             f"unfinished files: {_listed(unfinished)}",
-            "start the download again with the same command: it goes on where it stopped",
+            "start the download again with the same command: complete files are not fetched again",
         )
 
 

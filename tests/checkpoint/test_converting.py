@@ -429,7 +429,7 @@ def test_ctrl_c_at_the_command_line(golden, tmp_path, monkeypatch, capsys):
     arguments = ["convert", str(golden), str(tmp_path / "x"), "--no-progress"]
     assert cli.main(arguments) == cli.INTERRUPTED
     printed = capsys.readouterr()
-    assert printed.err.endswith("interrupted; the same command goes on where it stopped\n")
+    assert printed.err.endswith("the same command goes on after the last complete file\n")
     assert "Traceback" not in printed.err and printed.out == ""
     assert left(tmp_path / "x.partial") == ["conversion.json"]
 

@@ -172,7 +172,7 @@ def test_a_connection_that_breaks(hub, tmp_path):
     run = download(hub.url, target, "--repository", NAME, "--no-progress")
     assert run.returncode == 2, run.stderr
     assert "expected: an answer from http://127.0.0.1" in run.stderr
-    assert "it goes on where it stopped" in run.stderr
+    assert "files that are complete are not fetched again" in run.stderr
     with pytest.raises(CheckpointError, match="start the download again|missing"):
         open_checkpoint(target)
     there = {p.name for p in (target / "ckpt-0").iterdir()}
@@ -183,6 +183,41 @@ def test_a_connection_that_breaks(hub, tmp_path):
     assert run.returncode == 0, run.stderr
     assert not there & {Path(name).name for name in hub.fetched()}
     assert len(open_checkpoint(target)) == 146
+
+
+@pytest.mark.slow
+def test_a_large_file_that_breaks_off(hub, tmp_path):
+    """Whether or not the library goes on in its middle, it comes out whole and leaves nothing."""
+    pytest.importorskip("huggingface_hub")
+    content = os.urandom(45_000_000)
+    (hub.directory / "other.safetensors").write_bytes(content)
+    total = sum(p.stat().st_size for p in hub.directory.rglob("*") if p.is_file())
+    hub.bytes_left = total - 15_000_000
+    target = tmp_path / "tiny"
+    run = download(hub.url, target, "--repository", NAME, "--no-progress")
+    assert run.returncode == 2 and "are not fetched again" in run.stderr
+    assert not (target / "other.safetensors").exists()
+    hub.bytes_left = None
+    hub.asked.clear()
+    run = download(hub.url, target, "--repository", NAME, "--no-progress")
+    assert run.returncode == 0, run.stderr
+    assert (target / "other.safetensors").read_bytes() == content
+    assert hub.fetched() == ["other.safetensors"]
+    assert not list(target.rglob("*.incomplete"))
+
+
+def test_what_a_killed_download_leaves(tmp_path):
+    """It is removed once nobody writes to it; what older releases go on with is kept."""
+    folder = tmp_path / ".cache" / "huggingface" / "download" / "ckpt-0"
+    folder.mkdir(parents=True)
+    old, fresh, kept = (folder / f"x.tag{i}.incomplete" for i in (".0123abcd", ".4567cdef", ""))
+    for path in (old, fresh, kept):
+        path.write_bytes(bytes(100))
+    for path in (old, kept):
+        os.utime(path, (0, 0))
+    assert downloading.sweep(tmp_path) == {fresh}
+    assert set(folder.iterdir()) == {fresh, kept}
+    assert downloading.sweep(tmp_path / "elsewhere") == set()
 
 
 @pytest.mark.slow
