@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
-from matplotlib.figure import Figure
 
 from grokkit.checkpoint import Checkpoint, stored_specs
 from grokkit.config import GROK_1, GrokConfig
@@ -104,9 +103,9 @@ class Plan:
         """Whether a device has as much."""
         return self.bytes_per_device <= self.device_memory
 
-    def figure(self) -> Figure:
-        """Bars of what a device needs on each machine and mesh, beside what it has."""
-        from grokkit.plots import device_memory  # late: planning needs no figures
+    def figure(self) -> Any:
+        """A matplotlib figure: bars of what a device needs on each machine, beside what it has."""
+        from grokkit.plots import device_memory  # late: matplotlib is slow to import
 
         names = [f"{v.machine}\nmesh {v.mesh[0]},{v.mesh[1]}" for v in self.verdicts]
         kinds = dict.fromkeys(kind for v in self.verdicts for kind, _ in v.parts)
