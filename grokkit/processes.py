@@ -6,8 +6,10 @@ devices. What is here keeps a mistake in one of them from leaving the others wai
 
 import hashlib
 import json
+import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +23,7 @@ from grokkit.errors import ProcessError
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for this long counts as dead, and ends the others."""
 
+_CHOOSE_ONE = {"SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"}
 _RECORD = 1 << 15  # bytes of what a process tells the others
 _LONGEST = 3000  # characters of a message in it
 
@@ -41,7 +44,8 @@ def start(
     - `coordinator`: address and port of process 0, as in `"10.0.0.1:1234"`.
     - `processes`: how many there are.
     - `index`: which of them this is, from 0. Under SLURM and Open MPI, and on Cloud TPUs, JAX finds
-        out all three.
+        out all three. A process takes all GPUs that it sees; if SLURM or Open MPI run several on a
+        machine, the one with its number there, or those that `JAX_LOCAL_DEVICE_IDS` lists.
     - `timeout`: seconds to wait until all are there.
     - `heartbeat`: seconds without a sign of life after which a process counts as dead. The others
         then end with an error.
@@ -63,6 +67,22 @@ def start(
             f"there are, each with its own index, all with the address of process 0; do this "
             f"before JAX is used"
         ) from e
+    # Where JAX finds SLURM or Open MPI it has now chosen one GPU, however many processes there are.
+    is_chosen = not _CHOOSE_ONE.isdisjoint(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    if is_chosen and (index is not None or _n_on_this_machine(os.environ) == 1):
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, os.environ.get(name.upper(), "all"))
+
+
+def _n_on_this_machine(environment: Mapping[str, str]) -> int | None:
+    """How many processes Open MPI or SLURM run on this machine; `None` if neither says it."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    # As in "2(x3),1": two on each of three machines, and one on the fourth.
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    each = [int(n) for n, times in runs for _ in range(int(times or 1))]
+    machine = int(environment.get("SLURM_NODEID", 0))
+    return each[machine] if machine < len(each) else None
 
 
 def is_first() -> bool:

@@ -1,8 +1,10 @@
 """Two processes of four devices each do what one process of eight does, and end together."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import many_processes
@@ -53,13 +56,31 @@ def environment() -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": " ".join([*flags, "--xla_backend_optimization_level=0"])}
 
 
-def start(arguments) -> list[subprocess.Popen]:
+def start(arguments, environments=({}, {})) -> list[subprocess.Popen]:
     """A process for each list of arguments."""
     return [
         subprocess.Popen([sys.executable, *a], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True, env=environment())
-        for a in arguments
+                         text=True, env=environment() | more)
+        for a, more in zip(arguments, environments, strict=True)
     ]  # fmt: skip
+
+
+def slurm(i, job, tasks_per_machine="2") -> dict[str, str]:
+    """What `srun` tells process `i` of two."""
+    return {
+        "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NODEID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": tasks_per_machine,
+    }  # fmt: skip
+
+
+def free_slurm_job() -> str:
+    """A job whose number makes JAX choose a port that is free."""
+    while True:
+        job = random.randrange(4096)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", 65535 - 4096 + 1 + job))
+            return str(job)
 
 
 def finish(started, seconds) -> list[tuple[int, str, str]]:
@@ -250,10 +271,16 @@ def test_the_command(checkpoint, several, tmp_path, capfd):
 
     assert cli.main(arguments("alone")) == 0
     expected = capfd.readouterr()
-    port = free_port()
-    together = ["--virtual-devices", "4", "--processes", "2", "--coordinator", f"127.0.0.1:{port}"]
+    together, environments = ["--virtual-devices", "4", "--processes"], [{}, {}]
+    of_each = [["2", "--coordinator", f"127.0.0.1:{free_port()}", "--process", str(i)]
+               for i in range(2)]  # fmt: skip
+    if several:  # as SLURM starts them
+        of_each = [["auto"], ["auto"]]
+        job = free_slurm_job()
+        environments = [slurm(i, job) for i in range(2)]
     started = start(
-        ["-m", "grokkit.cli", *arguments(str(i)), *together, "--process", str(i)] for i in range(2)
+        (["-m", "grokkit.cli", *arguments(str(i)), *together, *of_each[i]] for i in range(2)),
+        environments,
     )
     first, second = finish(started, 240)
     assert (first[0], second[0]) == (0, 0), (first, second)
@@ -267,6 +294,43 @@ def test_the_command(checkpoint, several, tmp_path, capfd):
 
 
 # Without other processes
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, seen",
+    [
+        ({}, ("a:1", 2, 1), "all"),
+        (slurm(1, "1", "1(x2)"), (), "all"),  # one on each machine, as docs/several-hosts.md has it
+        (slurm(1, "1", "1(x2)"), ("a:1", 2, 1), "all"),
+        (slurm(1, "1", "2"), (), "1"),
+        (slurm(1, "1", "2"), ("a:1", 2, 1), "all"),
+        (slurm(1, "1", "1(x2)") | {"JAX_LOCAL_DEVICE_IDS": "2,3"}, (), "2,3"),
+    ],
+)
+def test_the_gpus_that_a_process_takes(environment, arguments, seen, monkeypatch):
+    """JAX alone would take one wherever it finds SLURM, and leave the others idle."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(jax._src.distributed, "_jax", mock.MagicMock())
+    monkeypatch.setattr(jax._src.distributed, "global_state", jax._src.distributed.State())
+    try:
+        processes.start(*arguments)
+        assert jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value == seen
+    finally:
+        for name in ("cuda", "rocm"):
+            jax.config.update(f"jax_{name}_visible_devices", "all")
+
+
+def test_how_many_processes_a_machine_has():
+    def of(tasks, node="0"):
+        environment = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": node}
+        return processes._n_on_this_machine(environment)
+
+    assert [of("2(x3),1", str(i)) for i in range(5)] == [2, 2, 2, 1, None]
+    assert of("1") == of("1(x2)", "1") == 1 and of("") is None
+    assert processes._n_on_this_machine({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}) == 4
+    assert processes._n_on_this_machine({}) is None
 
 
 def test_alone():
