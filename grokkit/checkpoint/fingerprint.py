@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.manifest import read_manifest, sha256
@@ -61,12 +60,12 @@ def _sample(file: TensorFile, digest: "hashlib._Hash") -> None:
     with file.reading() as read:
         for span in file.spans:
             size = min(_SAMPLE, span.nbytes)
-            buffer = np.empty(size, np.uint8)
+            buffer = bytearray(size)
             for start in sorted(
                 {i * (span.nbytes - size) // (_PLACES - 1) for i in range(_PLACES)}
             ):
-                read([buffer], span.offset + start)
-                digest.update(buffer.tobytes())
+                read([memoryview(buffer)], size, span.offset + start)
+                digest.update(buffer)
 
 
 def _with_bar(digests: Iterable[str], files: dict[Path, int], progress: bool) -> Iterator[str]:
