@@ -272,8 +272,8 @@ def test_the_command(checkpoint, several, tmp_path, capfd):
     assert cli.main(arguments("alone")) == 0
     expected = capfd.readouterr()
     together, environments = ["--virtual-devices", "4", "--processes"], [{}, {}]
-    of_each = [["2", "--coordinator", f"127.0.0.1:{free_port()}", "--process", str(i)]
-               for i in range(2)]  # fmt: skip
+    address = f"127.0.0.1:{free_port()}"
+    of_each = [["2", "--coordinator", address, "--process", str(i)] for i in range(2)]
     if several:  # as SLURM starts them
         of_each = [["auto"], ["auto"]]
         job = free_slurm_job()

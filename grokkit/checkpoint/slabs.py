@@ -22,7 +22,7 @@ import numpy as np
 from grokkit import cpu
 from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
 
-_SLAB = 1 << 23  # bytes
+_SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
 _TURNED_ROWS = 256  # rows turned round at once, and more of short ones:
 _TURNED_BYTES = 1 << 21
@@ -59,7 +59,7 @@ class Wanted:
 def fill(arrays: Sequence[Wanted], report: Callable[[int], object] = lambda n_bytes: None) -> None:
     """Read every place's part of some arrays.
 
-    Beyond the places' memory each of at most four threads uses a slab, of 8 MB or a row.
+    Beyond the places' memory each of at most four threads uses a slab, of 4 MB or a row.
 
     **Arguments:**
 
