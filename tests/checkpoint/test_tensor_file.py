@@ -364,3 +364,23 @@ def test_a_file_that_changes_while_in_use(golden_files, tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         file.open(file.weight)
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 64])
+def test_a_system_that_gives_less_than_it_is_asked_for(most, tmp_path, monkeypatch):
+    path, preadv = tmp_path / "tensor00000_000", os.preadv
+    expected = np.arange(24, dtype=np.float32).reshape(4, 6)
+    write_tensor(path, expected)
+    file = read_tensor(path)
+
+    def less(descriptor, buffers, offset):
+        first = next(buffer for buffer in buffers if len(buffer))
+        return preadv(descriptor, [first[:most]], offset)
+
+    monkeypatch.setattr(os, "preadv", less)
+    found = np.zeros((4, 24), np.uint8)
+    with file.reading() as read:
+        read([memoryview(row) for row in found], found.nbytes, file.weight.offset)
+        assert np.array_equal(found.view(np.float32), expected)
+        with pytest.raises(CheckpointError, match="ended early"):
+            read([memoryview(row) for row in found], found.nbytes, file.size - 8)
