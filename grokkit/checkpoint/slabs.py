@@ -78,7 +78,7 @@ def fill(arrays: Sequence[Wanted], report: Callable[[int], object] = lambda n_by
         present: _Reading | None = None
         memory, buffers = np.empty(largest, np.uint8), dict[Any, _Buffer]()
         with contextlib.ExitStack() as opened:
-            while item := _next(waiting):
+            while item := _next(waiting.popleft):
                 reading, slab, n_bytes = item
                 if reading is not present:
                     opened.close()
@@ -214,9 +214,10 @@ def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]
     ]
 
 
-def _next(waiting: collections.deque[_Item]) -> _Item | None:
+def _next(take: Callable[[], _Item]) -> _Item | None:
+    # Not handed the queue itself: a checker of types would look at what another thread takes.
     try:
-        return waiting.popleft()
+        return take()
     except IndexError:
         return None
 
