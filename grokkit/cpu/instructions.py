@@ -17,6 +17,8 @@ _FEATURES = (getattr(config, "CPU_FEATURES", None) or get_host_cpu_features()).s
 HAS_512_BITS = "+avx512f" in _FEATURES
 HAS_BFLOAT16_PAIRS = HAS_512_BITS and "+avx512bf16" in _FEATURES
 """Whether the processor multiplies bfloat16 numbers two at a time."""
+HAS_AMX = HAS_512_BITS and {"+amx-tile", "+amx-int8"} <= set(_FEATURES)
+"""Whether the processor multiplies tiles of whole numbers of 8 bits."""
 LANES = 16 if HAS_512_BITS else 8
 """Floats that the processor multiplies at once."""
 

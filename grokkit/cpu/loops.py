@@ -1,6 +1,6 @@
 """The loops of a product, over rows that are grouped by the matrix that they meet.
 
-A matrix that few rows meet is read once, at the speed of memory (`tiles`). For more rows they are
+Where the processor multiplies tiles of whole numbers, it does (`whole_numbers`). Elsewhere a matrix that few rows meet is read once, at the speed of memory (`tiles`). For more rows they are
 first laid side by side, `LANES` at a time, in what is called packed here; then each block of a
 matrix is turned into floats once for all of them (`wide_tiles`).
 """
@@ -10,21 +10,34 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
+from grokkit.cpu import whole_numbers
+from grokkit.cpu.amx import SIDE
 from grokkit.cpu.instructions import HAS_BFLOAT16_PAIRS, LANES, compiled, pointer, words
+from grokkit.cpu.task import (
+    BLOCKS,
+    GROUPS,
+    IS_PACKING,
+    MATRICES,
+    MATRIX,
+    OUT,
+    PACKED,
+    PIECES,
+    ROUNDED,
+    ROWS,
+    SCALES,
+    SIZE,
+    WEIGHT,
+    WHOLE,
+    K,
+    N,
+    X,
+)
 from grokkit.cpu.tiles import tile
-from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, transpose, wide_tile
+from grokkit.cpu.turning import turn_words
+from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, wide_tile
 
 FEW_ROWS = 16
 """Up to this many rows of a matrix its entries are read once for every few of them."""
-
-# A product's numbers, in 8 bytes each: addresses of the rows [row, k], of the matrix and scales
-# that the first place stands for, of the result and of the packed rows; k, the groups of scales
-# and n; whether to round to bfloat16; how many matrices any row meets, and addresses of three
-# lists: which they are, where their rows begin and where their packed rows do, in vectors; what is
-# to be done, and into how many pieces it is cut.
-X, WEIGHT, SCALES, OUT, PACKED, K, GROUPS, N, ROUNDED = range(9)
-MATRICES, MATRIX, ROWS, VECTORS, IS_PACKING, PIECES = range(9, 15)
-SIZE = 15
 
 
 @compiled
@@ -48,12 +61,19 @@ def piece_runner(version: int) -> Any:
     def run_piece(task_at: int, piece: int) -> int:
         task = words(task_at, SIZE)
         if task[IS_PACKING]:
-            _pack(task, piece)
+            if task[WHOLE]:
+                whole_numbers.pack(task, piece)
+            else:
+                _pack(task, piece)
             return 0
         pieces = task[PIECES] // task[MATRICES]
         i, part = piece // pieces, piece % pieces
         starts, n = words(task[ROWS], task[MATRICES] + 1), task[N]
-        if has_few(starts[i + 1] - starts[i], task[K], task[GROUPS]):
+        if task[WHOLE]:
+            tiles = -(-n // SIDE)
+            first, last = tiles * part // pieces, tiles * (part + 1) // pieces
+            whole_numbers.multiply(task, i, SIDE * first, min(n, SIDE * last))
+        elif has_few(starts[i + 1] - starts[i], task[K], task[GROUPS]):
             _multiply_few(task, i, n * part // pieces, n * (part + 1) // pieces)
         else:
             panels = -(-n // _PANELS)
@@ -167,7 +187,7 @@ def _address(array: Any) -> Any:
 def _multiply_many(task: Any, i: int, first: int, last: int) -> None:
     """Outputs `first` to `last` of the rows of the i-th matrix, which are packed."""
     k, n, starts = task[K], task[N], words(task[ROWS], task[MATRICES] + 1)
-    vectors = words(task[VECTORS], task[MATRICES] + 1)
+    vectors = words(task[BLOCKS], task[MATRICES] + 1)
     paired = is_paired(task[ROUNDED], k, task[GROUPS])
     vector_bytes = (2 if paired else 4) * LANES * k
     totals = np.empty((_PANELS, _TOTALS), np.float32)
@@ -182,25 +202,7 @@ def _multiply_many(task: Any, i: int, first: int, last: int) -> None:
             x = task[PACKED] + v * vector_bytes
             _sum_up(task, i, start, outputs, some, x, totals, panel, scales)
             to = task[OUT] + 4 * (n * row + start)
-            _turn(_address(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
-
-
-@compiled
-def _turn(
-    source: int, height: int, width: int, source_bytes: int, target: int, target_bytes: int
-) -> None:
-    """Write rows of words as columns. Distances from row to row are in bytes."""
-    for i in range(0, height, LANES):
-        for j in range(0, width, LANES):
-            a, b = source + i * source_bytes + 4 * j, target + j * target_bytes + 4 * i
-            if i + LANES <= height and j + LANES <= width:
-                transpose(a, source_bytes, b, target_bytes)
-                continue
-            for row in range(min(LANES, height - i)):
-                for column in range(min(LANES, width - j)):
-                    word = carray(pointer(a + row * source_bytes + 4 * column), 1, np.uint32)
-                    to = carray(pointer(b + column * target_bytes + 4 * row), 1, np.uint32)
-                    to[0] = word[0]
+            turn_words(_address(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
 
 
 @compiled
@@ -250,7 +252,7 @@ _round, _round_pairs = rounder(False), rounder(True)
 def _pack(task: Any, vector: int) -> None:
     """Lay the rows of one vector side by side: [entry, lane], or [pair, lane, 2]."""
     k, starts = task[K], words(task[ROWS], task[MATRICES] + 1)
-    vectors, i = words(task[VECTORS], task[MATRICES] + 1), 0
+    vectors, i = words(task[BLOCKS], task[MATRICES] + 1), 0
     while vectors[i + 1] <= vector:
         i += 1
     row = starts[i] + (vector - vectors[i]) * LANES
@@ -271,4 +273,4 @@ def _pack(task: Any, vector: int) -> None:
                 source = carray(pointer(x + 4 * (k * lane + first)), n, np.uint32)
                 for e in range(n):
                     strip[lane, e] = source[e]
-        _turn(_address(strip), LANES, n, 4 * _STRIP, packed + 4 * LANES * first, 4 * LANES)
+        turn_words(_address(strip), LANES, n, 4 * _STRIP, packed + 4 * LANES * first, 4 * LANES)

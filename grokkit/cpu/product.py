@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, Int8
 from numba.np.numpy_support import carray
 
-from grokkit.cpu import loops, threads
+from grokkit.cpu import loops, task, threads, whole_numbers
 from grokkit.cpu.instructions import LANES, called_from_c, compiled, pointer, words
 
 _TARGET = "grokkit_product"
@@ -51,7 +51,7 @@ def grouped_product(
     - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows.
     - `place`: where in the stack the first matrix is.
     - `dtype`: float32 or bfloat16, which rows are rounded to before they are multiplied, unless
-        they are few. Sums are in float32.
+        they are few or multiplied as whole numbers. Sums are in float32.
 
     Under `shard_map` all must be of one type.
     """
@@ -60,23 +60,28 @@ def grouped_product(
     (rows, k), n = x.shape, scales.shape[1]
     groups = scales.shape[0] // (weight.shape[0] // n)
     rounded = int(jnp.dtype(dtype) == jnp.bfloat16)
-    numbers = jnp.array([groups, _threads(rows, n * k), rounded], jnp.int32)
+    whole = whole_numbers.is_fit(k, groups)
+    numbers = jnp.array([groups, _threads(rows, n * k), rounded, int(whole)], jnp.int32)
     # Of the type that shard_map wants of what is used with the weights, and of what comes of it.
     numbers = jnp.concatenate([place[None], numbers, counts.astype(jnp.int32)])
     numbers = numbers + 0 * weight[0, :1].astype(jnp.int32)
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
     zero = jnp.zeros((1, 1)) * x[:1, :1]
-    vectors = _most_vectors(rows, counts.shape[0], k // groups)
-    packed = vectors, LANES * (k // 2 if loops.is_paired.py_func(rounded, k, groups) else k)
+    most = _most_blocks(rows, counts.shape[0], whole, k // groups)
+    if whole:
+        packed = most, whole_numbers.block_words.py_func(k, groups)
+    else:
+        packed = most, LANES * (k // 2 if loops.is_paired.py_func(rounded, k, groups) else k)
     results = [jax.typeof(jnp.broadcast_to(zero, shape)) for shape in ((rows, n), packed)]
     call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
     return call(x, weight, bits, numbers)[0]
 
 
-def _most_vectors(rows: int, matrices: int, group: int) -> int:
-    """How many vectors packed rows can take up; the last of each matrix may be part empty."""
-    fewest = loops.FEW_ROWS + 1 if group >= LANES else 1
-    return (rows + min(matrices, rows // fewest) * (LANES - 1)) // LANES if rows >= fewest else 1
+def _most_blocks(rows: int, matrices: int, whole: bool, group: int) -> int:
+    """How many blocks packed rows can take up; the last of each matrix may be part empty."""
+    block = whole_numbers.BLOCK if whole else LANES
+    fewest = 1 if whole or group < LANES else loops.FEW_ROWS + 1
+    return (rows + min(matrices, rows // fewest) * (block - 1)) // block if rows >= fewest else 1
 
 
 def _threads(rows: int, entries: int) -> int:
@@ -99,26 +104,30 @@ _DATA, _SIZES, _BUFFER_SIZE = 3, 5, 6
 _EXTENSION_TYPE, _EXTENSION_METADATA, _METADATA_VERSION = 1, 3, 3
 _METADATA = 1
 _VERSION = 3 << 32  # 0.3: the major number lies in the lower half
-_NUMBERS = 4
-"""How many numbers there are before the counts: place, groups, threads, whether to round."""
+_NUMBERS = 5
+"""How many numbers there are before the counts: place, groups, threads, whether to round, whether
+to multiply whole numbers."""
 
 
 @compiled
-def _group(counts: Any, lists: Any, k: int, groups: int) -> Any:
-    """List the matrices that rows meet, where their rows begin and where their packed rows do.
+def _group(counts: Any, lists: Any, k: int, groups: int, whole: int) -> Any:
+    """List the matrices that rows meet, where their rows begin and where their packed blocks do.
 
-    How many matrices there are, and how many vectors of packed rows.
+    How many matrices there are, and how many blocks.
     """
-    met = rows = vectors = 0
+    met = rows = blocks = 0
     lists[1, 0] = lists[2, 0] = 0
     for i in range(counts.shape[0]):
         count = np.int64(counts[i])
         if count > 0:
             rows += count
-            vectors += 0 if loops.has_few(count, k, groups) else -(-count // LANES)
-            lists[0, met], lists[1, met + 1], lists[2, met + 1] = i, rows, vectors
+            if whole:
+                blocks += -(-count // whole_numbers.BLOCK)
+            elif not loops.has_few(count, k, groups):
+                blocks += -(-count // LANES)
+            lists[0, met], lists[1, met + 1], lists[2, met + 1] = i, rows, blocks
             met += 1
-    return met, vectors
+    return met, blocks
 
 
 @compiled
@@ -134,26 +143,27 @@ def _run(frame: Any) -> None:
     place, groups, n_threads = facts[0], facts[1], facts[2]
     # In one piece of memory, which is let go when its last name is: the lists lie behind the task.
     length = size - _NUMBERS + 1
-    task = np.zeros(loops.SIZE + 3 * length, np.int64)
-    lists = task[loops.SIZE :].reshape(3, length)
-    met, vectors = _group(facts[_NUMBERS:], lists, k, groups)
+    this = np.zeros(task.SIZE + 3 * length, np.int64)
+    lists = this[task.SIZE :].reshape(3, length)
+    met, blocks = _group(facts[_NUMBERS:], lists, k, groups, facts[4])
     if met == 0:
         return
-    task[loops.X], task[loops.OUT], task[loops.PACKED] = x[_DATA], out[_DATA], packed[_DATA]
-    task[loops.WEIGHT] = weight[_DATA] + place * n * k
-    task[loops.SCALES] = scales[_DATA] + 2 * place * groups * n
-    task[loops.K], task[loops.GROUPS], task[loops.N] = k, groups, n
-    task[loops.ROUNDED], task[loops.MATRICES] = facts[3], met
-    lists_at = np.int64(task.ctypes.data) + 8 * loops.SIZE
-    task[loops.MATRIX], task[loops.ROWS] = lists_at, lists_at + 8 * length
-    task[loops.VECTORS] = lists_at + 16 * length
-    if vectors > 0:
-        task[loops.IS_PACKING], task[loops.PIECES] = 1, vectors
-        threads.share(task, n_threads)
+    this[task.X], this[task.OUT], this[task.PACKED] = x[_DATA], out[_DATA], packed[_DATA]
+    this[task.WEIGHT] = weight[_DATA] + place * n * k
+    this[task.SCALES] = scales[_DATA] + 2 * place * groups * n
+    this[task.K], this[task.GROUPS], this[task.N] = k, groups, n
+    this[task.ROUNDED], this[task.WHOLE], this[task.MATRICES] = facts[3], facts[4], met
+    lists_at = np.int64(this.ctypes.data) + 8 * task.SIZE
+    this[task.MATRIX], this[task.ROWS] = lists_at, lists_at + 8 * length
+    this[task.BLOCKS] = lists_at + 16 * length
+    if blocks > 0:
+        this[task.IS_PACKING], this[task.PIECES] = 1, blocks
+        threads.share(this, n_threads)
     pieces = _PIECES * n_threads
-    task[loops.IS_PACKING] = 0
-    task[loops.PIECES] = met * (pieces if vectors > 0 else -(-pieces // met))
-    threads.share(task, n_threads)
+    is_read_once = facts[4] or blocks == 0
+    this[task.IS_PACKING] = 0
+    this[task.PIECES] = met * (-(-pieces // met) if is_read_once else pieces)
+    threads.share(this, n_threads)
 
 
 def _handler(version: int) -> Any:

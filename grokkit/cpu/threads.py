@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from grokkit.cpu.instructions import atomic, call, compiled, instruction, pointer, words
-from grokkit.cpu.loops import PIECES, SIZE
+from grokkit.cpu.task import PIECES, SIZE
 
 _LEFT, _DONE, _BUSY, _HELPERS, _THREAD, _PIECE, _TASK = 0, 16, 32, 48, 64, 65, 66
 """Places in the state, some apart so that threads do not wait for each other's cache lines: how

@@ -1,4 +1,4 @@
-"""Turning a matrix of bytes round, as fast as memory takes it."""
+"""Turning matrices round: of bytes, as fast as memory takes them, and of words of 4 bytes."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.np.numpy_support import carray
 
-from grokkit.cpu.instructions import called_from_c, compiled, instruction, pointer
+from grokkit.cpu.instructions import LANES, called_from_c, compiled, instruction, pointer
 
 _SQUARE = 16
 """Bytes each way that are turned round at once: all processors have registers of this width."""
@@ -127,3 +127,56 @@ def _finish_writing(typing_context):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+# Words
+
+
+@compiled
+def turn_words(
+    source: int, height: int, width: int, source_bytes: int, target: int, target_bytes: int
+) -> None:
+    """Write rows of words as columns. Distances from row to row are in bytes."""
+    for i in range(0, height, LANES):
+        for j in range(0, width, LANES):
+            a, b = source + i * source_bytes + 4 * j, target + j * target_bytes + 4 * i
+            if i + LANES <= height and j + LANES <= width:
+                _turn_square_of_words(a, source_bytes, b, target_bytes)
+                continue
+            for row in range(min(LANES, height - i)):
+                for column in range(min(LANES, width - j)):
+                    word = carray(pointer(a + row * source_bytes + 4 * column), 1, np.uint32)
+                    to = carray(pointer(b + column * target_bytes + 4 * row), 1, np.uint32)
+                    to[0] = word[0]
+
+
+@instruction
+def _turn_square_of_words(typing_context, source, source_bytes, target, target_bytes):
+    """Write a square of `LANES` words each way, turned round."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_bytes, target, target_bytes = arguments
+        words, places = ir.VectorType(_WORD, LANES), range(LANES)
+
+        def place(address: Any, i: int, row_bytes: Any) -> Any:
+            address = builder.add(address, builder.mul(cgutils.intp_t(i), row_bytes))
+            return builder.inttoptr(address, words.as_pointer())
+
+        rows = [builder.load(place(source, i, source_bytes), align=4) for i in places]
+        # Exchange the off-diagonal halves of squares of 2, 4, ... words.
+        half = 1
+        while half < LANES:
+            low = [i if not i & half else i - half + LANES for i in places]
+            high = [i + half for i in low]
+            for i in places:
+                if not i & half:
+                    pair = rows[i], rows[i + half]
+                    rows[i], rows[i + half] = (
+                        _shuffled(builder, *pair, lanes) for lanes in (low, high)
+                    )
+            half *= 2
+        for i in places:
+            builder.store(rows[i], place(target, i, target_bytes), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 4), codegen

@@ -15,7 +15,6 @@ from numba.core import cgutils
 
 from grokkit.cpu.instructions import LANES, instruction, prefetch
 
-llvmlite.binding.initialize_native_asmparser()  # for the one instruction named below
 llvmlite.binding.initialize_native_asmparser()  # for the instruction named below
 
 OUTPUTS = 6
@@ -179,38 +178,6 @@ def _side_by_side(builder: Any, bits: Any, kind: Any) -> Any:
     return builder.trunc(
         builder.or_(low, builder.lshr(both, each(32))), ir.VectorType(_I32, kind.count)
     )
-
-
-@instruction
-def transpose(typing_context, source, source_bytes, target, target_bytes):
-    """Write a square of `LANES` numbers of 4 bytes each way, turned round.
-
-    The arguments are integers: addresses, and how far rows lie apart, in bytes.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, source_bytes, target, target_bytes = arguments
-        places = range(LANES)
-        rows = [_load(builder, _on(builder, source, i, source_bytes), _VECTOR, 4) for i in places]
-        # Exchange the off-diagonal halves of squares of 2, 4, ... numbers.
-        half = 1
-        while half < LANES:
-            low = [i if not i & half else i - half + LANES for i in places]
-            high = [i + half for i in low]
-            for i in places:
-                if not i & half:
-                    pair = rows[i], rows[i + half]
-                    rows[i], rows[i + half] = (
-                        builder.shuffle_vector(*pair, ir.Constant(_WORDS, lanes))
-                        for lanes in (low, high)
-                    )
-            half *= 2
-        for i in places:
-            place = builder.inttoptr(_on(builder, target, i, target_bytes), _VECTOR.as_pointer())
-            builder.store(rows[i], place, 4)
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 4), codegen
 
 
 def _add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:

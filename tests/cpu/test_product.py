@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grokkit.cpu import grouped_product, product
+from grokkit.cpu import amx, grouped_product, product, whole_numbers
 from grokkit.cpu.instructions import LANES, called_from_c
 from grokkit.cpu.loops import FEW_ROWS
 
@@ -52,7 +52,8 @@ def by_definition(x, counts, weight, scales, place, dtype):
     for i, count in enumerate(counts):
         some = x[sum(counts[:i]) :][:count]
         is_few = count <= FEW_ROWS and x.shape[1] // groups >= LANES
-        if dtype == BFLOAT16 and not is_few:
+        is_whole = whole_numbers.is_fit(x.shape[1], groups)
+        if dtype == BFLOAT16 and not is_few and not is_whole:
             some = some.astype(ml_dtypes.bfloat16)
         products.append(some.astype(np.float64) @ w[place + i].T)
         sizes.append(np.abs(some).astype(np.float64) @ np.abs(w[place + i].T))
@@ -64,6 +65,21 @@ def check(counts, stack, place=0, dtype=FLOAT32):
     found = run(x, jnp.array(counts), *map(jnp.asarray, stack), jnp.int32(place), dtype)
     expected, size = by_definition(x, counts, *stack, place, dtype)
     assert (np.abs(found - expected) <= 1e-6 * size).all()
+
+
+FLOATS, WHOLE = "floats", "whole numbers"
+
+
+@pytest.fixture(params=[FLOATS, WHOLE])
+def numbers(request, monkeypatch):
+    """What rows are written as."""
+    if request.param == FLOATS:
+        monkeypatch.setattr(whole_numbers, "is_fit", lambda k, groups: False)
+    elif not amx.is_there():
+        pytest.skip("this processor has no instructions for tiles (AMX)")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -83,9 +99,15 @@ def test_rows_meet_their_own_matrix(stack, threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("group", [1, 2, 15, LANES, 21, 40, 300, 513])
+@pytest.mark.parametrize(
+    ("group", "numbers"),
+    [(group, FLOATS) for group in (1, 2, 15, LANES, 21, 40, 300, 513)]
+    + [(group, WHOLE) for group in (64, 65, 127, 300, 513)],
+    indirect=["numbers"],
+)
 @pytest.mark.parametrize("n", [1, 6, 50, 97])
-def test_entries_and_outputs_beyond_whole_registers_count_once(n, group, dtype):
+def test_entries_and_outputs_beyond_whole_registers_count_once(n, group, dtype, numbers):
+    assert whole_numbers.is_fit(2 * group, 2) == (numbers == WHOLE)
     stack = make(group, 2, n, 2 * group, 2)
     for counts in ([5], [20], [3, 33]):
         check(counts, stack, 2 - len(counts), dtype)
@@ -101,6 +123,45 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(stack, rows, dtype):
         some = slice(first, first + fewest)
         alone = run(x[some], jnp.array([fewest]), *arrays, jnp.int32(1), dtype)
         np.testing.assert_array_equal(together[some], alone)
+
+
+@pytest.mark.parametrize("rows", [1, 23, 300])
+def test_matrices_larger_than_a_cache(rows, numbers):
+    """Also those of which not all groups are gone through at once."""
+    check([rows], make(rows, 1, 530, 6144, 8))
+
+
+@pytest.mark.parametrize("numbers", [WHOLE], indirect=True)
+@pytest.mark.parametrize("k", [130, 6144])
+def test_a_row_is_the_same_beside_any_number_of_others(k, numbers, threads):
+    """Where floats add the sums of few rows and of many in another order."""
+    stack = [*map(jnp.asarray, make(0, 2, 41, k, 2))]
+    x = normal(0, 301, k)
+    together = run(x, jnp.array([34, 267]), *stack, jnp.int32(0), FLOAT32)
+    for first, n, matrix in ((0, 1, 0), (31, 3, 0), (34, 6, 1), (199, 102, 1)):
+        alone = run(x[first : first + n], jnp.array([n]), *stack, jnp.int32(matrix), FLOAT32)
+        np.testing.assert_array_equal(together[first : first + n], alone)
+
+
+def test_rows_of_any_size(numbers):
+    """Each is as exact for its size; nothing and what is no number stay in their own rows.
+
+    Whole numbers are rounded where their largest neighbour is, though an output may not meet it.
+    """
+    stack = make(0, 1, 40, 256, 2)
+    x = normal(1, 12, 256)
+    x[1], x[2], x[3] = 1e30 * x[1], 1e-30 * x[2], 0
+    x[4, 17], x[5, 200] = 3e4, -3e4
+    x[6, 3], x[7, 255] = np.nan, np.inf
+    found = np.array(run(x, jnp.array([12]), *map(jnp.asarray, stack), jnp.int32(0), FLOAT32))
+    assert not np.isfinite(found[6:8]).any()
+    finite = [i for i in range(12) if i not in (6, 7)]
+    expected, size = by_definition(x[finite], [10], *stack, 0, FLOAT32)
+    if numbers == WHOLE:
+        largest = np.broadcast_to(np.abs(x[finite]).max(axis=1, keepdims=True), (10, 256))
+        size += 0.05 * by_definition(largest.astype(np.float32), [10], *stack, 0, FLOAT32)[1]
+    assert (np.abs(found[finite] - expected) <= 1e-6 * size).all()
+    assert not found[3].any()
 
 
 def test_many_rows_are_rounded_to_the_nearest_bfloat16():

@@ -1,0 +1,218 @@
+"""Products whose rows are written as whole numbers, where the processor multiplies tiles of those.
+
+Each group of a row is rounded to 24 bits, counted from its largest entry's first, and cut into
+three digits of 8 bits, which stand in columns of a tile beside those of other rows. Their products
+with the matrix's entries are summed without rounding; so a row's results do not depend on the rows
+beside it. To read the matrix from memory takes longer than the arithmetic, up to some 50 rows.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba.np.numpy_support import carray
+
+from grokkit.cpu import amx
+from grokkit.cpu.amx import CHUNK, MOST_TILES, SIDE, TILE_BYTES, product_adder
+from grokkit.cpu.instructions import compiled, pointer, words
+from grokkit.cpu.task import (
+    BLOCKS,
+    GROUPS,
+    MATRICES,
+    MATRIX,
+    OUT,
+    PACKED,
+    ROWS,
+    SCALES,
+    WEIGHT,
+    K,
+    N,
+    X,
+)
+from grokkit.cpu.turning import turn_words
+
+_DIGITS = 3
+BLOCK = SIDE // _DIGITS
+"""Rows whose digits share a tile."""
+MOST_ENTRIES = 2**17 - 1
+"""Of a group: a sum of so many products of two digits of 8 bits fits in 32."""
+_LARGEST = 0x7F7F7F
+"""The largest number that has three digits from -128 to 127."""
+_MIDDLES = 0x808080
+_INFINITY = 0x7F800000
+
+_BLOCKS_AT_ONCE = 4 * MOST_TILES
+_OUTPUTS_AT_ONCE = 16 * SIDE
+"""Whose sums are kept while groups are gone through, where all groups of the rows' digits do not
+fit in `_CACHED` bytes, a share of the processor's second cache."""
+_CACHED = 2**20
+
+_SHORT = 4096
+"""Rows of a matrix that are no longer end before the processor has noticed that it reads on. There
+the next outputs' entries are called for, elsewhere those that are _NEAR bytes on."""
+_NEAR = 4 * CHUNK
+
+
+def is_fit(k: int, groups: int) -> bool:
+    """Whether the processor and the groups' sizes allow such products."""
+    return amx.is_there() and CHUNK <= k // groups <= MOST_ENTRIES
+
+
+@compiled
+def _chunks(k: int, groups: int) -> int:
+    return groups * -(-(k // groups) // CHUNK)
+
+
+@compiled
+def block_words(k: int, groups: int) -> int:
+    """Words of 4 bytes that a block of packed rows takes up: digits, and the columns' scales."""
+    return (_chunks(k, groups) * TILE_BYTES + groups * CHUNK) // 4
+
+
+@compiled
+def pack(task: Any, block: int) -> None:
+    """Write a block's rows: digits, [group, chunk, entry // 4, column, entry % 4], and scales,
+    [group, column]. A column is a row's digit, [digit, row]."""
+    k, groups, i = task[K], task[GROUPS], 0
+    starts = words(task[ROWS], task[MATRICES] + 1)
+    blocks = words(task[BLOCKS], task[MATRICES] + 1)
+    while blocks[i + 1] <= block:
+        i += 1
+    first, size = starts[i] + BLOCK * (block - blocks[i]), k // groups
+    rows, chunks = min(BLOCK, starts[i + 1] - first), _chunks(k, groups) // groups
+    to = task[PACKED] + 4 * block_words(k, groups) * block
+    scales = carray(pointer(to + groups * chunks * TILE_BYTES), (groups, SIDE), np.float32)
+    scales[:] = 0
+    digits = np.zeros((SIDE, CHUNK * chunks), np.int8)
+    for g in range(groups):
+        for row in range(rows):
+            x = pointer(task[X] + 4 * (k * (first + row) + g * size))
+            entries, bits = carray(x, size, np.float32), carray(x, size, np.int32)
+            scale = _write_digits(entries, bits, digits[row::BLOCK])
+            for d in range(_DIGITS):
+                scales[g, d * BLOCK + row] = scale * np.float32(256**d)
+        turn_words(
+            np.int64(digits.ctypes.data), SIDE, SIDE * chunks, CHUNK * chunks,
+            to + g * chunks * TILE_BYTES, CHUNK,
+        )  # fmt: skip
+
+
+@compiled
+def _write_digits(entries: Any, bits: Any, digits: Any) -> np.float32:
+    """Entries divided by a scale, which is returned, and rounded; [digit, entry].
+
+    Before the entries of the last chunk are zeros. Something that is not finite makes the scale
+    not a number.
+    """
+    most, size = np.int32(0), len(entries)
+    for e in range(size):
+        most = max(most, bits[e] & np.int32(0x7FFFFFFF))
+    if most == 0 or most >= _INFINITY:
+        digits[:_DIGITS] = 0
+        return np.float32(np.nan if most else 0.0)
+    largest = np.float64(np.array([most], np.int32).view(np.float32)[0])
+    whole = (-(-size // CHUNK) - 1) * CHUNK
+    _round(entries[:whole], _LARGEST / largest, digits)
+    _round(entries[whole:], _LARGEST / largest, digits[:, digits.shape[1] - (size - whole) :])
+    return np.float32(largest / _LARGEST)
+
+
+@compiled
+def _round(entries: Any, factor: float, digits: Any) -> None:
+    low, middle, high = digits[0], digits[1], digits[2]
+    for e in range(len(entries)):
+        # So that each byte, less 128, is a digit; and to take 128 off is to turn its first bit.
+        bits = (np.int32(np.rint(entries[e] * factor)) + _MIDDLES) ^ _MIDDLES
+        low[e], middle[e], high[e] = np.int8(bits), np.int8(bits >> 8), np.int8(bits >> 16)
+
+
+_one, _two, _three, _four, _five, _six = (product_adder(n) for n in range(1, MOST_TILES + 1))
+
+
+@compiled
+def _add_products(tiles: int, these: Any, place: Any) -> None:
+    if tiles == 6:
+        _six(*these, *place)
+    elif tiles == 5:
+        _five(*these, *place)
+    elif tiles == 4:
+        _four(*these, *place)
+    elif tiles == 3:
+        _three(*these, *place)
+    elif tiles == 2:
+        _two(*these, *place)
+    else:
+        _one(*these, *place)
+
+
+@compiled
+def multiply(task: Any, i: int, first: int, last: int) -> None:
+    """Outputs `first` to `last` of the rows of the i-th matrix, which are packed."""
+    k, n, groups = task[K], task[N], task[GROUPS]
+    starts = words(task[ROWS], task[MATRICES] + 1)
+    blocks = words(task[BLOCKS], task[MATRICES] + 1)
+    matrix, size = words(task[MATRIX], task[MATRICES])[i], k // groups
+    group_bytes = _chunks(k, groups) // groups * TILE_BYTES
+    block_bytes = 4 * block_words(k, groups)
+    some = min(blocks[i + 1] - blocks[i], _BLOCKS_AT_ONCE)
+    # Either a few outputs with all groups, or many with one after another.
+    is_cached = some * block_bytes <= _CACHED
+    outputs, some_groups = (SIDE, groups) if is_cached else (_OUTPUTS_AT_ONCE, 1)
+    totals, turned = _aligned(some * outputs * SIDE), _aligned(SIDE * SIDE)
+    totals_bytes, configured = 4 * SIDE * outputs, 0
+    ahead = SIDE * k if k <= _SHORT else _NEAR
+    for block in range(blocks[i], blocks[i + 1], some):
+        end = min(block + some, blocks[i + 1])
+        for start in range(first, last, outputs):
+            stop = min(start + outputs, last)
+            totals[:] = 0
+            for g in range(0, groups, some_groups):
+                for j in range(start, stop, SIDE):
+                    high = min(SIDE, stop - j)
+                    if high != configured:
+                        amx.configure(high)
+                        configured = high
+                    scales = task[SCALES] + 2 * ((matrix * groups + g) * n + j)
+                    weight = task[WEIGHT] + (matrix * n + j) * k + g * size
+                    these = weight, k, some_groups, size, scales, 2 * n, high
+                    for b in range(block, end, MOST_TILES):
+                        columns = task[PACKED] + b * block_bytes
+                        by_column = columns + groups * group_bytes + g * CHUNK
+                        columns += g * group_bytes
+                        to = _address(totals) + totals_bytes * (b - block) + 4 * SIDE * (j - start)
+                        place = columns, by_column, to, block_bytes, totals_bytes, ahead
+                        _add_products(min(MOST_TILES, end - b), these, place)
+            for b in range(block, end):
+                row = starts[i] + (b - blocks[i]) * BLOCK
+                rows, out = min(BLOCK, starts[i + 1] - row), task[OUT] + 4 * (n * row + start)
+                source = _address(totals) + totals_bytes * (b - block)
+                _write(source, stop - start, rows, out, n, turned.reshape(SIDE, SIDE))
+    amx.release()
+
+
+@compiled
+def _aligned(n: int) -> Any:
+    """Room for floats, from the beginning of a line of the caches."""
+    memory = np.empty(n + CHUNK // 4, np.float32)
+    off = -_address(memory) % CHUNK // 4
+    return memory[off : off + n]
+
+
+@compiled
+def _address(array: Any) -> Any:
+    return np.int64(array.ctypes.data)
+
+
+@compiled
+def _write(totals: int, outputs: int, rows: int, out: int, n: int, turned: Any) -> None:
+    """Write a block's results, the sums of its rows' digits. Of addresses."""
+    for start in range(0, outputs, SIDE):
+        turn_words(totals + 4 * SIDE * start, SIDE, SIDE, 4 * SIDE, _address(turned), 4 * SIDE)
+        some = min(SIDE, outputs - start)
+        for row in range(rows):
+            to = carray(pointer(out + 4 * (n * row + start)), SIDE, np.float32)
+            if some == SIDE:  # as the compiler can do all at once
+                for j in range(SIDE):
+                    to[j] = turned[2 * BLOCK + row, j] + (turned[BLOCK + row, j] + turned[row, j])
+            else:
+                for j in range(some):
+                    to[j] = turned[2 * BLOCK + row, j] + (turned[BLOCK + row, j] + turned[row, j])
