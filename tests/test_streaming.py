@@ -22,6 +22,7 @@ from grokkit.batching import ContinuousBatch
 from grokkit.checkpoint import loading, open_checkpoint, save_params, streaming
 from grokkit.checkpoint.loading import plan_params
 from grokkit.checkpoint.streaming import LayerReader
+from grokkit.checkpoint.tensor_file import TensorFile
 from grokkit.errors import CheckpointError, GrokkitError, PromptError
 from grokkit.generate import PREFILL_PART, Sampling, generate_tokens
 from grokkit.kv_cache import KVCache
@@ -331,8 +332,8 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
     made, alive = [], []
     read = reader._read
 
-    def watch(layer):
-        arrays = read(layer)
+    def watch(layer, then):
+        arrays = read(layer, then)
         made.extend(weakref.ref(a) for a in arrays)
         alive.append(sum(ref() is not None for ref in made) / len(arrays))
         return arrays
@@ -351,6 +352,34 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
         kept = [p for slot in reader._parts for leaf in slot for p in leaf.values()]
         read = sum(plan.nbytes for layer in reader._plans for plan in layer)
         assert sum(p.memory.nbytes for p in kept) < 2.5 * read / reader.n_layers
+
+
+def test_the_disk_is_told_of_every_layer_before_it_is_read(golden_dir, mesh, monkeypatch):
+    """Of the next one's beginning while a layer is read; so it need not wait for processors."""
+    checkpoint = open_checkpoint(golden_dir)
+    reader = LayerReader(plan_params(checkpoint, param_specs(checkpoint.config), mesh).blocks)
+    called_for, told, read_leaves = {}, [], streaming.read_leaves
+
+    def watch(plans, parts, then):
+        found = read_leaves(plans, parts, then=then)
+        told.append(called_for.copy())
+        return found
+
+    def call_for(file, offset, n_bytes):
+        called_for.setdefault(file.path, set()).update(range(offset, offset + n_bytes))
+
+    monkeypatch.setattr(streaming, "read_leaves", watch)
+    monkeypatch.setattr(TensorFile, "call_for", call_for)
+    for _ in reader.layers():
+        pass
+    expected = {}
+    for i in range(reader.n_layers + 1):
+        for plan in reader._plans[i] if i < reader.n_layers else []:
+            for source in plan.sources:
+                span = range(source.span.offset, source.span.offset + source.span.nbytes)
+                expected.setdefault(source.file.path, set()).update(span)
+        if i:  # what comes next is known too
+            assert told[i - 1] == expected
 
 
 def test_a_pass_that_fails_leaves_the_model_usable(streamed, tokens):

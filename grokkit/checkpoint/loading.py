@@ -266,21 +266,39 @@ def read_leaves(
     plans: Sequence[LeafPlan],
     parts: Sequence[Parts],
     report: Callable[[int], object] = lambda n_bytes: None,
+    then: "tuple[Sequence[LeafPlan], Sequence[Parts]]" = ((), ()),
 ) -> list[Array]:
     """Read leaves' files into their `parts` and make an array of each.
 
     What goes to CPU devices is read without a pause between one array and the next.
+
+    **Arguments:**
+
+    - `plans`, `parts`: of each leaf.
+    - `report`: told how many bytes are done with.
+    - `then`: the same of the leaves that will be read next, by another call.
     """
-    arrays = []
+    arrays, others = _wanted(plans, parts)
+    for copy, n_bytes in others:
+        copy()
+        report(n_bytes)
+    fill(arrays, report, _wanted(*then)[0])
+    return [_finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
+
+
+def _wanted(
+    plans: Sequence[LeafPlan], parts: Sequence[Parts]
+) -> tuple[list[Wanted], list[tuple[Callable[[], None], int]]]:
+    """What is to be read in slabs; and for all else what copies it, with its bytes."""
+    arrays, others = [], []
     for plan, its_parts in zip(plans, parts, strict=True):
         for source, slices in _slices(plan):
             if wanted := source.wanted(its_parts, slices, plan.dtype):
                 arrays.append(wanted)
             else:
-                source.copy_to(its_parts, slices, plan.dtype)
-                report(source.span.nbytes)
-    fill(arrays, report)
-    return [_finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
+                copy = functools.partial(source.copy_to, its_parts, slices, plan.dtype)
+                others.append((copy, source.span.nbytes))
+    return arrays, others
 
 
 def _slices(plan: LeafPlan) -> Iterator[tuple[_Source, _Slices]]:

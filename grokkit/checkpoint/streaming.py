@@ -91,23 +91,29 @@ class LayerReader:
         order = range(self.n_layers)[start:stop]
         order = order[::-1] if backwards else order
         with self._one_pass, ThreadPoolExecutor(1, "reading-layers") as pool:
-            pending = [pool.submit(self._read, layer) for layer in order[:1]]
-            for layer in [*order[1:], None] if order else []:
+            coming = [*order, None, None]
+            pending = [pool.submit(self._read, *coming[:2])] if order else []
+            for i in range(1, len(order) + 1):
                 ready = [pending.pop().result()]
-                if layer is not None:
-                    pending.append(pool.submit(self._read, layer))
+                if coming[i] is not None:
+                    pending.append(pool.submit(self._read, *coming[i : i + 2]))
                 # Nothing here may hold on to the layer while the next is read.
                 yield jax.tree.unflatten(self._treedef, ready.pop())
 
-    def _read(self, layer: int) -> list[Any]:
-        plans = self._plans[layer]
-        parts = self._parts[layer % 2]
-        if parts is None:
-            parts = self._parts[layer % 2] = [new_parts(plan) for plan in plans]
-        leaves, seconds = _timed(lambda: read_leaves(plans, parts))
+    def _read(self, layer: int, then: int | None) -> list[Any]:
+        """One layer; the other is the one that will be read after it."""
+        plans, parts = self._plans[layer], self._parts_of(layer)
+        after = ([], []) if then is None else (self._plans[then], self._parts_of(then))
+        leaves, seconds = _timed(lambda: read_leaves(plans, parts, then=after))
         self._bytes_read += sum(plan.nbytes for plan in plans)
         self._seconds += seconds
         return leaves
+
+    def _parts_of(self, layer: int) -> Any:
+        """The memory for a layer, which every other one shares."""
+        if self._parts[layer % 2] is None:
+            self._parts[layer % 2] = [new_parts(plan) for plan in self._plans[layer]]
+        return self._parts[layer % 2]
 
 
 def _timed(read: Callable[[], Any]) -> tuple[Any, float]:

@@ -18,6 +18,7 @@ from grokkit.errors import CheckpointError
 
 INT4 = np.dtype(ml_dtypes.int4)
 
+_CALLED_FOR = 1 << 20  # bytes at once: Linux takes no notice of what is beyond some 1.3 MB
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
 
@@ -108,6 +109,17 @@ class TensorFile:
                 yield read
         except OSError as e:
             raise self._changed(str(e)) from e
+
+    def call_for(self, offset: int, n_bytes: int) -> None:
+        """Have the system begin to read a part of the file, where it can, without waiting for it."""
+        if not hasattr(os, "posix_fadvise"):  # as on macOS
+            return
+        # Whoever reads the file will say what is wrong with it.
+        with contextlib.suppress(OSError), open(self.path, "rb", buffering=0) as file:
+            end = offset + n_bytes
+            for start in range(offset, end, _CALLED_FOR):
+                size = min(_CALLED_FOR, end - start)
+                os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def _changed(self, found: str) -> CheckpointError:
         return refusal(

@@ -1,5 +1,6 @@
 """One tensor file: the golden bytes, CPython's own pickler, and damage."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -364,6 +365,26 @@ def test_a_file_that_changes_while_in_use(golden_files, tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         file.open(file.weight)
+
+
+def test_calling_for_a_part_of_a_file(golden_files, tmp_path, monkeypatch):
+    """In pieces that Linux takes notice of; a file that is gone is for who reads it to report."""
+    path = tmp_path / "large"
+    path.write_bytes(b"x" * 2_500_000)
+    file = dataclasses.replace(read_tensor(golden_files[0]), path=path)
+    called_for = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: called_for.append(what))
+    file.call_for(100, 2_400_000)
+    assert called_for == [
+        (100, 1 << 20, os.POSIX_FADV_WILLNEED),
+        (100 + (1 << 20), 1 << 20, os.POSIX_FADV_WILLNEED),
+        (100 + (2 << 20), 2_400_000 - (2 << 20), os.POSIX_FADV_WILLNEED),
+    ]
+    path.unlink()
+    file.call_for(0, 10)
+    monkeypatch.delattr(os, "posix_fadvise")
+    file.call_for(0, 10)
+    assert len(called_for) == 3
 
 
 @pytest.mark.parametrize("most", [1, 3, 5, 64])
