@@ -13,6 +13,7 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu import amx
 from grokkit.cpu.amx import CHUNK, MOST_TILES, SIDE, TILE_BYTES, product_adder
+from grokkit.cpu.digits import DIGITS, LARGEST, float_of, largest_bits, write_digits
 from grokkit.cpu.instructions import compiled, pointer, words
 from grokkit.cpu.task import (
     BLOCKS,
@@ -30,25 +31,23 @@ from grokkit.cpu.task import (
 )
 from grokkit.cpu.turning import turn_words
 
-_DIGITS = 3
-BLOCK = SIDE // _DIGITS
+BLOCK = SIDE // DIGITS
 """Rows whose digits share a tile."""
 MOST_ENTRIES = 2**17 - 1
 """Of a group: a sum of so many products of two digits of 8 bits fits in 32."""
-_LARGEST = 0x7F7F7F
-"""The largest number that has three digits from -128 to 127."""
-_MIDDLES = 0x808080
-_INFINITY = 0x7F800000
+_ONE, _INFINITY = 0x3F800000, 0x7F800000
+"""Bits of float32 numbers."""
 
-_BLOCKS_AT_ONCE = 4 * MOST_TILES
+_BLOCKS_AT_ONCE = 2 * MOST_TILES
 _OUTPUTS_AT_ONCE = 16 * SIDE
 """Whose sums are kept while groups are gone through, where all groups of the rows' digits do not
 fit in `_CACHED` bytes, a share of the processor's second cache."""
 _CACHED = 2**20
 
 _SHORT = 4096
-"""Rows of a matrix that are no longer end before the processor has noticed that it reads on. There
-the next outputs' entries are called for, elsewhere those that are _NEAR bytes on."""
+"""Rows of a matrix that are no longer end before the processor has noticed that it reads on, and
+so do groups by themselves. There the next outputs' entries are called for, elsewhere those that are
+_NEAR bytes on."""
 _NEAR = 4 * CHUNK
 
 
@@ -82,47 +81,38 @@ def pack(task: Any, block: int) -> None:
     to = task[PACKED] + 4 * block_words(k, groups) * block
     scales = carray(pointer(to + groups * chunks * TILE_BYTES), (groups, SIDE), np.float32)
     scales[:] = 0
-    digits = np.zeros((SIDE, CHUNK * chunks), np.int8)
+    row_bytes = CHUNK * chunks
+    digits = np.zeros((SIDE, row_bytes), np.int8)
     for g in range(groups):
         for row in range(rows):
-            x = pointer(task[X] + 4 * (k * (first + row) + g * size))
-            entries, bits = carray(x, size, np.float32), carray(x, size, np.int32)
-            scale = _write_digits(entries, bits, digits[row::BLOCK])
-            for d in range(_DIGITS):
+            entries = task[X] + 4 * (k * (first + row) + g * size)
+            at = _address(digits) + row * row_bytes
+            scale = _write_row(entries, size, at, BLOCK * row_bytes)
+            for d in range(DIGITS):
                 scales[g, d * BLOCK + row] = scale * np.float32(256**d)
-        turn_words(
-            np.int64(digits.ctypes.data), SIDE, SIDE * chunks, CHUNK * chunks,
-            to + g * chunks * TILE_BYTES, CHUNK,
-        )  # fmt: skip
+        group = to + g * chunks * TILE_BYTES
+        turn_words(_address(digits), SIDE, SIDE * chunks, row_bytes, group, CHUNK)
 
 
 @compiled
-def _write_digits(entries: Any, bits: Any, digits: Any) -> np.float32:
-    """Entries divided by a scale, which is returned, and rounded; [digit, entry].
+def _write_row(entries: int, size: int, digits: int, digit_bytes: int) -> np.float32:
+    """Write a group's entries, divided by a scale, as digits; returns the scale. Of addresses.
 
-    Before the entries of the last chunk are zeros. Something that is not finite makes the scale
-    not a number.
+    The entries of the last chunk go to its end; what is before them is left alone. If something is
+    not finite, the scale is not a number.
     """
-    most, size = np.int32(0), len(entries)
-    for e in range(size):
-        most = max(most, bits[e] & np.int32(0x7FFFFFFF))
-    if most == 0 or most >= _INFINITY:
-        digits[:_DIGITS] = 0
-        return np.float32(np.nan if most else 0.0)
-    largest = np.float64(np.array([most], np.int32).view(np.float32)[0])
+    most = largest_bits(entries, size)
+    if most >= _INFINITY:
+        return np.float32(np.nan)
+    if most == 0:  # so is each entry, and so will be each digit
+        most = np.int64(_ONE)
+    largest = np.float64(float_of(most))
     whole = (-(-size // CHUNK) - 1) * CHUNK
-    _round(entries[:whole], _LARGEST / largest, digits)
-    _round(entries[whole:], _LARGEST / largest, digits[:, digits.shape[1] - (size - whole) :])
-    return np.float32(largest / _LARGEST)
-
-
-@compiled
-def _round(entries: Any, factor: float, digits: Any) -> None:
-    low, middle, high = digits[0], digits[1], digits[2]
-    for e in range(len(entries)):
-        # So that each byte, less 128, is a digit; and to take 128 off is to turn its first bit.
-        bits = (np.int32(np.rint(entries[e] * factor)) + _MIDDLES) ^ _MIDDLES
-        low[e], middle[e], high[e] = np.int8(bits), np.int8(bits >> 8), np.int8(bits >> 16)
+    overlap = -size % CHUNK
+    write_digits(entries, whole, LARGEST / largest, digits, digit_bytes)
+    last = digits + whole + overlap
+    write_digits(entries + 4 * whole, size - whole, LARGEST / largest, last, digit_bytes)
+    return np.float32(largest / LARGEST)
 
 
 _one, _two, _three, _four, _five, _six = (product_adder(n) for n in range(1, MOST_TILES + 1))
@@ -159,7 +149,7 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     outputs, some_groups = (SIDE, groups) if is_cached else (_OUTPUTS_AT_ONCE, 1)
     totals, turned = _aligned(some * outputs * SIDE), _aligned(SIDE * SIDE)
     totals_bytes, configured = 4 * SIDE * outputs, 0
-    ahead = SIDE * k if k <= _SHORT else _NEAR
+    ahead = SIDE * k if k <= _SHORT or not is_cached else _NEAR
     for block in range(blocks[i], blocks[i + 1], some):
         end = min(block + some, blocks[i + 1])
         for start in range(first, last, outputs):
