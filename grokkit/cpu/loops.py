@@ -12,7 +12,7 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu import whole_numbers
 from grokkit.cpu.amx import SIDE
-from grokkit.cpu.instructions import HAS_BFLOAT16_PAIRS, LANES, compiled, pointer, words
+from grokkit.cpu.instructions import HAS_AMX, HAS_BFLOAT16_PAIRS, LANES, compiled, pointer, words
 from grokkit.cpu.task import (
     BLOCKS,
     GROUPS,
@@ -58,11 +58,16 @@ def piece_runner(version: int) -> Any:
     A whole of its own: what it is made of is compiled again with each caller.
     """
 
+    # What a processor has no instructions for cannot be compiled either; it is not called there.
+    pack_whole, multiply_whole = _pack, _multiply_few
+    if HAS_AMX:
+        pack_whole, multiply_whole = whole_numbers.pack, whole_numbers.multiply
+
     def run_piece(task_at: int, piece: int) -> int:
         task = words(task_at, SIZE)
         if task[IS_PACKING]:
             if task[WHOLE]:
-                whole_numbers.pack(task, piece)
+                pack_whole(task, piece)
             else:
                 _pack(task, piece)
             return 0
@@ -72,7 +77,7 @@ def piece_runner(version: int) -> Any:
         if task[WHOLE]:
             tiles = -(-n // SIDE)
             first, last = tiles * part // pieces, tiles * (part + 1) // pieces
-            whole_numbers.multiply(task, i, SIDE * first, min(n, SIDE * last))
+            multiply_whole(task, i, SIDE * first, min(n, SIDE * last))
         elif has_few(starts[i + 1] - starts[i], task[K], task[GROUPS]):
             _multiply_few(task, i, n * part // pieces, n * (part + 1) // pieces)
         else:

@@ -3,7 +3,7 @@
 Each group of a row is rounded to 24 bits, counted from its largest entry's first, and cut into
 three digits of 8 bits, which stand in columns of a tile beside those of other rows. Their products
 with the matrix's entries are summed without rounding; so a row's results do not depend on the rows
-beside it. To read the matrix from memory takes longer than the arithmetic, up to some 50 rows.
+beside it. To read the matrix from memory takes longer than the arithmetic, up to some ten rows.
 """
 
 from typing import Any
