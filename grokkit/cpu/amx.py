@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import HAS_AMX, instruction, prefetch
+from grokkit.cpu.instructions import HAS_AMX, instruction, load, prefetch, splat
 
 CHUNK = 64
 """Entries of a row of a tile."""
@@ -175,7 +175,7 @@ def _as_floats(builder: Any, numbers: Any, n: Any) -> Any:
     kind = ir.FunctionType(halves, [cgutils.voidptr_t, _I32, mask, halves])
     load = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v16i16.p0")
     lanes = ir.Constant(_INTEGERS, list(range(SIDE)))
-    are_there = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(n, _I32)))
+    are_there = builder.icmp_signed("<", lanes, splat(builder, builder.trunc(n, _I32), SIDE))
     zeros = ir.Constant(halves, [0] * SIDE)
     bits = builder.call(load, [_pointer(builder, numbers), _I32(2), are_there, zeros])
     bits = builder.shl(builder.zext(bits, _INTEGERS), ir.Constant(_INTEGERS, [16] * SIDE))
@@ -187,27 +187,17 @@ def _add_up(builder: Any, sums: Any, scales: Any, column_scales: Any, totals: An
 
     Outputs that are not there have scales of zero, and room among the sums and totals.
     """
-    by_column = _load(builder, column_scales, _FLOATS)
+    by_column = load(builder, column_scales, _FLOATS, 4)
     for output in range(SIDE):
         row = _I64(output * CHUNK)
-        scale = _splat(builder, _load(builder, builder.add(scales, _I64(4 * output)), _FLOAT))
-        found = builder.sitofp(_load(builder, builder.add(sums, row), _INTEGERS), _FLOATS)
+        scale = load(builder, builder.add(scales, _I64(4 * output)), _FLOAT, 4)
+        scale = splat(builder, scale, SIDE)
+        found = builder.sitofp(load(builder, builder.add(sums, row), _INTEGERS, 4), _FLOATS)
         found = builder.fmul(builder.fmul(found, by_column), scale, flags=("contract",))
         to = builder.add(totals, row)
-        found = builder.fadd(found, _load(builder, to, _FLOATS), flags=("contract",))
+        found = builder.fadd(found, load(builder, to, _FLOATS, 4), flags=("contract",))
         _store(builder, to, found)
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
 
 
 def _store(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
-
-
-def _splat(builder: Any, number: Any) -> Any:
-    """The number in every lane."""
-    nothing = ir.Constant(ir.VectorType(number.type, SIDE), ir.Undefined)
-    first = builder.insert_element(nothing, number, _I32(0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_INTEGERS, [0] * SIDE))

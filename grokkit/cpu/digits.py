@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction
+from grokkit.cpu.instructions import LANES, instruction, load, splat
 
 DIGITS = 3
 LARGEST = 0x7F7F7F
@@ -38,7 +38,7 @@ def largest_bits(typing_context, entries, n):
         for place, (first, last, width) in zip(found, _parts(builder, n), strict=True):
             kind = _several(_I32, width)
             with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
-                bits = _load(builder, builder.add(entries, builder.mul(i, _I64(4))), kind)
+                bits = load(builder, builder.add(entries, builder.mul(i, _I64(4))), kind, 4)
                 bits = builder.and_(bits, _each(kind, 0x7FFFFFFF))
                 most = builder.load(place)
                 larger = builder.icmp_signed(">", bits, most)
@@ -70,10 +70,10 @@ def write_digits(typing_context, entries, n, factor, digits, digit_bytes):
             nearest = cgutils.get_or_insert_function(
                 builder.module, kind, f"llvm.roundeven.{suffix}"
             )
-            factors = _splat(builder, factor, width)
+            factors = splat(builder, factor, width) if width > 1 else factor
             with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
                 at = builder.add(entries, builder.mul(i, _I64(4)))
-                numbers = builder.fpext(_load(builder, at, _several(_F32, width)), doubles)
+                numbers = builder.fpext(load(builder, at, _several(_F32, width), 4), doubles)
                 numbers = builder.call(nearest, [builder.fmul(numbers, factors)])
                 # So that each byte, less 128, is a digit; to take 128 off is to turn its first bit.
                 bits = builder.add(builder.fptosi(numbers, words), _each(words, _MIDDLES))
@@ -106,17 +106,3 @@ def _each(kind: Any, number: int) -> Any:
 
 def _zeros(width: int) -> Any:
     return _each(_several(_I32, width), 0)
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
-
-
-def _splat(builder: Any, number: Any, width: int) -> Any:
-    """The number in every lane."""
-    if width == 1:
-        return number
-    nothing = ir.Constant(_several(number.type, width), ir.Undefined)
-    first = builder.insert_element(nothing, number, _I32(0))
-    lanes = ir.Constant(ir.VectorType(_I32, width), [0] * width)
-    return builder.shuffle_vector(first, nothing, lanes)

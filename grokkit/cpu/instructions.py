@@ -80,6 +80,25 @@ def prefetch(builder: Any, address: Any) -> None:
     builder.call(call, [address, to_read, into_second_cache, data])
 
 
+def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    """What is at an address, of a type of the compiler's language."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def splat(builder: Any, number: Any, lanes: int) -> Any:
+    """The number in every lane of a vector."""
+    nothing = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    first = builder.insert_element(nothing, number, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, nothing, zeros)
+
+
+@compiled
+def address_of(array: Any) -> Any:
+    """Where an array's entries lie; nothing keeps them there after the array's last mention."""
+    return np.int64(array.ctypes.data)
+
+
 @compiled
 def words(address: int, n: int) -> Any:
     """Memory as an array of integers."""

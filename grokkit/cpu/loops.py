@@ -12,7 +12,15 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu import whole_numbers
 from grokkit.cpu.amx import SIDE
-from grokkit.cpu.instructions import HAS_AMX, HAS_BFLOAT16_PAIRS, LANES, compiled, pointer, words
+from grokkit.cpu.instructions import (
+    HAS_AMX,
+    HAS_BFLOAT16_PAIRS,
+    LANES,
+    address_of,
+    compiled,
+    pointer,
+    words,
+)
 from grokkit.cpu.task import (
     BLOCKS,
     GROUPS,
@@ -184,11 +192,6 @@ _as_floats, _as_halves = converter(False), converter(True)
 
 
 @compiled
-def _address(array: Any) -> Any:
-    return np.int64(array.ctypes.data)
-
-
-@compiled
 def _multiply_many(task: Any, i: int, first: int, last: int) -> None:
     """Outputs `first` to `last` of the rows of the i-th matrix, which are packed."""
     k, n, starts = task[K], task[N], words(task[ROWS], task[MATRICES] + 1)
@@ -207,7 +210,7 @@ def _multiply_many(task: Any, i: int, first: int, last: int) -> None:
             x = task[PACKED] + v * vector_bytes
             _sum_up(task, i, start, outputs, some, x, totals, panel, scales)
             to = task[OUT] + 4 * (n * row + start)
-            turn_words(_address(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
+            turn_words(address_of(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
 
 
 @compiled
@@ -222,7 +225,7 @@ def _sum_up(
     weight = task[WEIGHT] + (matrix * n + start) * k
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     entry_bytes = (2 if paired else 4) * LANES
-    panel_at, panel_bytes = _address(panel), 4 * panel.shape[1]
+    panel_at, panel_bytes = address_of(panel), 4 * panel.shape[1]
     scale_bits = scales.view(np.uint32)
     tiles = -(-vectors // MOST_VECTORS)
     for g in range(groups):
@@ -237,10 +240,10 @@ def _sum_up(
                     else:
                         _as_floats(source, target, entries, source + _AHEAD * k)
                     scale_bits[o] = np.uint32(bits[g, start + j + o]) << np.uint32(16)
-                how = (panel_at, panel_bytes, steps, _address(scales))
+                how = (panel_at, panel_bytes, steps, address_of(scales))
                 for t in range(tiles):
                     a, b = vectors * t // tiles, vectors * (t + 1) // tiles
-                    to = _address(totals) + 4 * (j * _TOTALS + a * LANES)
+                    to = address_of(totals) + 4 * (j * _TOTALS + a * LANES)
                     at = x + a * k * entry_bytes + chunk * entry_bytes
                     if paired:
                         _add_pairs(b - a, at, k * entry_bytes, how, to)
@@ -269,7 +272,7 @@ def _pack(task: Any, vector: int) -> None:
     for first in range(0, height, _STRIP):
         n = min(_STRIP, height - first)
         for lane in range(rows):
-            to = _address(strip) + 4 * _STRIP * lane
+            to = address_of(strip) + 4 * _STRIP * lane
             if paired:
                 _round_pairs(x + 4 * (k * lane + 2 * first), to, n)
             elif task[ROUNDED]:
@@ -278,4 +281,4 @@ def _pack(task: Any, vector: int) -> None:
                 source = carray(pointer(x + 4 * (k * lane + first)), n, np.uint32)
                 for e in range(n):
                     strip[lane, e] = source[e]
-        turn_words(_address(strip), LANES, n, 4 * _STRIP, packed + 4 * LANES * first, 4 * LANES)
+        turn_words(address_of(strip), LANES, n, 4 * _STRIP, packed + 4 * LANES * first, 4 * LANES)

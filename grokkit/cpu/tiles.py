@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction, prefetch
+from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat
 
 _AHEAD = 2
 """Tiles between the one that is computed and the one whose matrix is called for from memory."""
@@ -77,7 +77,8 @@ class _Tile:
             with builder.if_then(builder.icmp_signed("!=", rest, _I64(0))):
                 # The last lanes of the group, of which the first have been added already.
                 lane = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
-                keep = builder.icmp_signed(">=", lane, self._splat(builder.sub(lanes, rest)))
+                since = splat(builder, builder.sub(lanes, rest), LANES)
+                keep = builder.icmp_signed(">=", lane, since)
                 entry = builder.sub(builder.add(first, self.size), lanes)
                 self._add_products(sums, entry, weight_bytes, keep)
             scales = [self._scale(group, j) for j in self.outputs]
@@ -98,11 +99,11 @@ class _Tile:
     def _add_products(self, sums: Any, entry: Any, weight_bytes: Any, keep: Any = None) -> None:
         """Add the products of the lanes from an entry on, or of those of them that are to keep."""
         builder = self.builder
-        rows = [self._load(self._at(self.x, (entry, 4), (r, self.row_bytes)), _VECTOR)
+        rows = [load(builder, self._at(self.x, (entry, 4), (r, self.row_bytes)), _VECTOR, 1)
                 for r in self.rows]  # fmt: skip
         for j in self.outputs:
             address = self._at(self.weight, (entry, 1), (j, weight_bytes))
-            entries = self._load(address, ir.VectorType(ir.IntType(8), LANES))
+            entries = load(builder, address, ir.VectorType(ir.IntType(8), LANES), 1)
             floats = builder.sitofp(entries, _VECTOR)
             prefetch(builder, self._at(address, (_AHEAD * len(self.outputs), weight_bytes)))
             if keep is not None:
@@ -115,9 +116,9 @@ class _Tile:
         """A bfloat16, the upper half of a float32, in every lane."""
         builder = self.builder
         place = builder.add(builder.mul(group, self.n), _I64(output))
-        bits = self._load(self._at(self.scales, (place, 2)), ir.IntType(16))
+        bits = load(builder, self._at(self.scales, (place, 2)), ir.IntType(16), 1)
         bits = builder.shl(builder.zext(bits, _I32), _I32(16))
-        return self._splat(builder.bitcast(bits, _F32))
+        return splat(builder, builder.bitcast(bits, _F32), LANES)
 
     def _at(self, address: Any, *steps: tuple[Any, Any]) -> Any:
         """An address so many times so many bytes on."""
@@ -126,19 +127,9 @@ class _Tile:
             address = self.builder.add(address, self.builder.mul(count, width))
         return address
 
-    def _load(self, address: Any, kind: Any) -> Any:
-        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
-
     def _multiply_add(self, a: Any, b: Any, c: Any) -> Any:
         product = self.builder.fmul(a, b, flags=("contract",))
         return self.builder.fadd(product, c, flags=("contract",))
-
-    def _splat(self, number: Any) -> Any:
-        """The number in every lane."""
-        nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
-        first = self.builder.insert_element(nothing, number, _I32(0))
-        zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-        return self.builder.shuffle_vector(first, nothing, zeros)
 
     def _pick(self, a: Any, b: Any, places: list[int]) -> Any:
         """Lanes of two vectors, counted on from the first to the second."""

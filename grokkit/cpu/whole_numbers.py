@@ -14,7 +14,7 @@ from numba.np.numpy_support import carray
 from grokkit.cpu import amx
 from grokkit.cpu.amx import CHUNK, MOST_TILES, SIDE, TILE_BYTES, product_adder
 from grokkit.cpu.digits import DIGITS, LARGEST, float_of, largest_bits, write_digits
-from grokkit.cpu.instructions import compiled, pointer, words
+from grokkit.cpu.instructions import address_of, compiled, pointer, words
 from grokkit.cpu.task import (
     BLOCKS,
     GROUPS,
@@ -86,12 +86,12 @@ def pack(task: Any, block: int) -> None:
     for g in range(groups):
         for row in range(rows):
             entries = task[X] + 4 * (k * (first + row) + g * size)
-            at = _address(digits) + row * row_bytes
+            at = address_of(digits) + row * row_bytes
             scale = _write_row(entries, size, at, BLOCK * row_bytes)
             for d in range(DIGITS):
                 scales[g, d * BLOCK + row] = scale * np.float32(256**d)
         group = to + g * chunks * TILE_BYTES
-        turn_words(_address(digits), SIDE, SIDE * chunks, row_bytes, group, CHUNK)
+        turn_words(address_of(digits), SIDE, SIDE * chunks, row_bytes, group, CHUNK)
 
 
 @compiled
@@ -168,13 +168,15 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
                         columns = task[PACKED] + b * block_bytes
                         by_column = columns + groups * group_bytes + g * CHUNK
                         columns += g * group_bytes
-                        to = _address(totals) + totals_bytes * (b - block) + 4 * SIDE * (j - start)
+                        to = (
+                            address_of(totals) + totals_bytes * (b - block) + 4 * SIDE * (j - start)
+                        )
                         place = columns, by_column, to, block_bytes, totals_bytes, ahead
                         _add_products(min(MOST_TILES, end - b), these, place)
             for b in range(block, end):
                 row = starts[i] + (b - blocks[i]) * BLOCK
                 rows, out = min(BLOCK, starts[i + 1] - row), task[OUT] + 4 * (n * row + start)
-                source = _address(totals) + totals_bytes * (b - block)
+                source = address_of(totals) + totals_bytes * (b - block)
                 _write(source, stop - start, rows, out, n, turned.reshape(SIDE, SIDE))
     amx.release()
 
@@ -183,20 +185,15 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
 def _aligned(n: int) -> Any:
     """Room for floats, from the beginning of a line of the caches."""
     memory = np.empty(n + CHUNK // 4, np.float32)
-    off = -_address(memory) % CHUNK // 4
+    off = -address_of(memory) % CHUNK // 4
     return memory[off : off + n]
-
-
-@compiled
-def _address(array: Any) -> Any:
-    return np.int64(array.ctypes.data)
 
 
 @compiled
 def _write(totals: int, outputs: int, rows: int, out: int, n: int, turned: Any) -> None:
     """Write a block's results, the sums of its rows' digits. Of addresses."""
     for start in range(0, outputs, SIDE):
-        turn_words(totals + 4 * SIDE * start, SIDE, SIDE, 4 * SIDE, _address(turned), 4 * SIDE)
+        turn_words(totals + 4 * SIDE * start, SIDE, SIDE, 4 * SIDE, address_of(turned), 4 * SIDE)
         some = min(SIDE, outputs - start)
         for row in range(rows):
             to = carray(pointer(out + 4 * (n * row + start)), SIDE, np.float32)

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction, prefetch
+from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat
 
 llvmlite.binding.initialize_native_asmparser()  # for the instruction named below
 
@@ -22,7 +22,7 @@ MOST_VECTORS = 4 if LANES == 16 else 2
 """With these a tile's sums, and what they are made of, just fit in the processor's registers."""
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VECTOR, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_VECTOR = ir.VectorType(_F32, LANES)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
 _VECTOR_BYTES = 4 * LANES
 
@@ -67,20 +67,20 @@ def _compute(
         x_at = builder.add(x, builder.mul(loop.index, _I64(_VECTOR_BYTES)))
         panel_at = builder.add(panel, builder.mul(loop.index, _I64(4)))
         rows = [
-            _load(builder, _on(builder, x_at, v, x_bytes), _VECTOR, _VECTOR_BYTES)
+            load(builder, _on(builder, x_at, v, x_bytes), _VECTOR, _VECTOR_BYTES)
             for v in range(vectors)
         ]
         for j in range(OUTPUTS):
-            entry = _load(builder, _on(builder, panel_at, j, panel_bytes), _F32, 4)
-            entries = _splat(builder, entry)
+            entry = load(builder, _on(builder, panel_at, j, panel_bytes), _F32, 4)
+            entries = splat(builder, entry, LANES)
             for v in range(vectors):
                 add = _add_pairs if pairs else _add_products
                 builder.store(add(builder, builder.load(sums[j, v]), rows[v], entries), sums[j, v])
     for j in range(OUTPUTS):
-        scale = _splat(builder, _load(builder, _on(builder, scales, j, _I64(4)), _F32, 4))
+        scale = splat(builder, load(builder, _on(builder, scales, j, _I64(4)), _F32, 4), LANES)
         for v in range(vectors):
             place = _on(builder, _on(builder, totals, j, totals_bytes), v, _I64(_VECTOR_BYTES))
-            total = _load(builder, place, _VECTOR, 4)
+            total = load(builder, place, _VECTOR, 4)
             total = _add_products(builder, total, builder.load(sums[j, v]), scale)
             builder.store(total, builder.inttoptr(place, _VECTOR.as_pointer()), 4)
 
@@ -118,7 +118,7 @@ def _convert(builder: Any, source: Any, target: Any, width: int, pairs: bool) ->
     def kind(of: Any) -> Any:
         return ir.VectorType(of, width) if width > 1 else of
 
-    numbers = builder.sitofp(_load(builder, source, kind(ir.IntType(8)), 1), kind(_F32))
+    numbers = builder.sitofp(load(builder, source, kind(ir.IntType(8)), 1), kind(_F32))
     if pairs:
         # The upper half of the float32 holds such small numbers exactly.
         bits = builder.bitcast(numbers, kind(_I32))
@@ -142,7 +142,7 @@ def rounder(pairs: bool) -> Any:
                 with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
                     source = _on(builder, numbers, i, _I64(8 if pairs else 4))
                     bits = ir.VectorType(_I32, 2 * width if pairs else width)
-                    found = _rounded(builder, _load(builder, source, bits, 4), bits)
+                    found = _rounded(builder, load(builder, source, bits, 4), bits)
                     if pairs:
                         found = _side_by_side(builder, found, ir.VectorType(_I64, width))
                     target = _on(builder, rounded, i, _I64(4))
@@ -195,14 +195,3 @@ def _on(builder: Any, address: Any, count: Any, width: Any) -> Any:
     """The address so many times so many bytes on."""
     count = _I64(count) if isinstance(count, int) else count
     return builder.add(address, builder.mul(count, width))
-
-
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
-
-
-def _splat(builder: Any, number: Any) -> Any:
-    """The number in every lane."""
-    nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
-    first = builder.insert_element(nothing, number, _I32(0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * LANES))
