@@ -190,6 +190,7 @@ class StreamDecoder:
         # Decoding depends on what came before in one way: the first word loses its space. So a
         # text that has begun is decoded behind one token that is known to spell something.
         self._context: list[int] = []
+        self._n_before = 0  # characters that the context spells
         self._pending: list[int] = []  # byte pieces that may still become one character
         self._pending_bytes = b""
 
@@ -222,10 +223,12 @@ class StreamDecoder:
         return text
 
     def _decode(self, tokens: list[int]) -> str:
-        before = self._tokenizer.decode(self._context)
-        after = self._tokenizer.decode(self._context + tokens)
-        self._context = [self._tokenizer._processor.unk_id()]
-        return after[len(before) :]
+        processor = self._tokenizer._processor
+        text = processor.decode(self._context + tokens)[self._n_before :]
+        if not self._context:
+            self._context = [processor.unk_id()]
+            self._n_before = len(processor.decode(self._context))
+        return text
 
 
 def _unfinished(data: bytes) -> int:

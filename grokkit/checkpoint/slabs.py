@@ -3,14 +3,12 @@
 Several threads take one slab after another, of one array after another, read it and put it in its
 place; where memory is touched for the first time, that alone takes as long as the rest. A matrix
 may be turned round on the way (the file holds [k, n], the model [n, k]), while its slab is in the
-processor's cache. Rows of such a slab are kept from lying a power of two apart, where they would all
-fall on the same few lines of the cache.
+processor's cache.
 """
 
 import collections
 import contextlib
 import dataclasses
-import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -26,9 +24,6 @@ _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
 _TURNED_ROWS = 256  # rows turned round at once, and more of short ones:
 _TURNED_BYTES = 1 << 21
-_LINE, _LINES = 64, 64  # bytes of a line of the processor's first cache, and its places
-_APART = _LINE  # bytes between rows of a slab to be turned round, if they would collide
-_VECTORS = 512  # buffers for one read; systems allow 1024
 _AHEAD = 1 << 28  # bytes between what is read and what is called for from the disk
 
 
@@ -126,7 +121,7 @@ class _Reading:
         parts = [_part(span, place, turned) for place in wanted.places]
         columns = slice(min(p.columns.start for p in parts), max(p.columns.stop for p in parts))
         slabs = _slabs(span, parts, turned)
-        return _Reading(wanted, parts, columns, slabs, _Layout.of(span, columns, turned))
+        return _Reading(wanted, parts, columns, slabs, _Layout.of(span, columns))
 
     @property
     def _most_rows(self) -> int:
@@ -135,11 +130,11 @@ class _Reading:
     @property
     def buffer_bytes(self) -> int:
         """What a slab takes."""
-        return self._most_rows * self.layout.pitch
+        return self._most_rows * self.layout.width
 
     def buffer(self, memory: np.ndarray, made: "dict[Any, _Buffer]") -> "_Buffer":
         """A buffer for a slab in a thread's memory; arrays of one form share it."""
-        key = self._most_rows, self.layout.pitch, self.layout.width, self.layout.stride
+        key = self._most_rows, self.layout.width, self.layout.is_whole
         if key not in made:
             made[key] = self.layout.buffer(memory[: self.buffer_bytes], self._most_rows)
         return made[key]
@@ -252,15 +247,6 @@ def _next(take: Callable[[], Any]) -> Any:
         return None
 
 
-def _would_collide(row_bytes: int) -> bool:
-    """Whether a line of each of 64 rows would not fit in a processor's first cache at once.
-
-    It has 64 places for at least 8 lines each, which follow one another in memory.
-    """
-    lines, rest = divmod(row_bytes, _LINE)
-    return rest == 0 and math.gcd(lines, _LINES) > 8
-
-
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """How rows of an array lie in the file, and some of their columns in memory; in bytes."""
@@ -274,27 +260,19 @@ class _Layout:
     """Of a row before the columns."""
     width: int
     """Of a row's columns."""
-    pitch: int
-    """From row to row in memory."""
 
     @staticmethod
-    def of(span: ArraySpan, columns: slice, turned: bool) -> "_Layout":
+    def of(span: ArraySpan, columns: slice) -> "_Layout":
         size = span.dtype.itemsize
         width = (columns.stop - columns.start) * size
         n_rows, n_columns = (1, 1, *span.shape)[-2:]
-        apart = _APART if turned and _would_collide(width) else 0
-        return _Layout(
-            span, n_rows, n_columns * size, columns.start * size, width, width + apart
-        )  # fmt: skip
+        return _Layout(span, n_rows, n_columns * size, columns.start * size, width)
 
     def buffer(self, memory: np.ndarray, n: int) -> "_Buffer":
         """Room for `n` rows in some memory."""
-        rows = memory.reshape(n, self.pitch)
-        if self.pitch == self.stride:
-            return _Buffer(rows, [], n)
+        rows = memory.reshape(n, self.width)
         # To make these anew for each slab would take as long as to read it.
-        views = [_bytes(row) for row in rows[:, : self.width]]
-        return _Buffer(rows, views, _VECTORS if self.is_whole else 1)
+        return _Buffer(rows, [] if self.is_whole else [_bytes(row) for row in rows])
 
     @property
     def is_whole(self) -> bool:
@@ -308,11 +286,12 @@ class _Layout:
     def read(self, read: Any, buffer: "_Buffer", slab: _Slab) -> np.ndarray:
         """The columns of a slab's rows, as an array [row, column] in `buffer`."""
         rows, start = buffer.rows[: slab.n], self.start(slab)
-        views = buffer.views or [_bytes(rows)]
-        for i in range(0, slab.n, buffer.at_once):
-            n = min(buffer.at_once, slab.n - i)
-            read(views[i : i + n], n * self.width, start + i * self.stride)
-        return rows[:, : self.width].view(self.span.dtype)
+        if self.is_whole:
+            read([_bytes(rows)], rows.nbytes, start)
+        else:
+            for i, row in enumerate(buffer.views[: slab.n]):
+                read([row], self.width, start + i * self.stride)
+        return rows.view(self.span.dtype)
 
     def start(self, slab: _Slab) -> int:
         """Where a slab begins in the file."""
@@ -328,17 +307,16 @@ class _Buffer(NamedTuple):
     """Memory for a slab."""
 
     rows: np.ndarray
-    """[row, byte], with the bytes between rows."""
+    """[row, byte]."""
     views: list[memoryview]
-    """Each row's without them; none if there are none."""
-    at_once: int
-    """Rows that lie side by side in the file too, and are read together."""
+    """Each row's, where rows are read one by one."""
 
 
 def _put(
     rows: np.ndarray, parts: Sequence[_Part], slab: _Slab, first_column: int, turned: bool
 ) -> None:
     """Copy a slab's rows to the parts that hold them."""
+    places = []
     for part in parts:
         columns = slice(part.columns.start - first_column, part.columns.stop - first_column)
         if not turned:
@@ -348,7 +326,9 @@ def _put(
         first = slab.start - part.rows.start
         to = to[:, first : first + slab.n]
         if rows.itemsize == 1 and cpu.is_there():
-            cpu.turn(rows[:, columns], to)
+            places.append((columns.start, to))
         else:  # ten times as fast as numpy
             turned_rows = jax.device_put(rows[:, columns].T, part.device, may_alias=False)
             to[:] = np.asarray(turned_rows)
+    if places:
+        cpu.turn(rows, places)

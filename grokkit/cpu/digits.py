@@ -18,16 +18,6 @@ _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
 
 @instruction
-def float_of(typing_context, bits):
-    """The float32 of an integer's lower bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.trunc(arguments[0], _I32), _F32)
-
-    return types.float32(types.int64), codegen
-
-
-@instruction
 def largest_bits(typing_context, entries, n):
     """The bits of the largest of float32 entries, without signs; of an infinity or what is no
     number, if there is one, more than all others'. The arguments are an address and an integer."""

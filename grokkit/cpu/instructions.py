@@ -12,7 +12,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FEATURES = (getattr(config, "CPU_FEATURES", None) or get_host_cpu_features()).split(",")
 HAS_512_BITS = "+avx512f" in _FEATURES
 HAS_BFLOAT16_PAIRS = HAS_512_BITS and "+avx512bf16" in _FEATURES
@@ -69,6 +69,16 @@ def pointer(typing_context, address):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), codegen
+
+
+@instruction
+def float_of(typing_context, bits):
+    """The float32 of an integer's lower bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], _I32), _F32)
+
+    return types.float32(types.int64), codegen
 
 
 def prefetch(builder: Any, address: Any) -> None:

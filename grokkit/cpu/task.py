@@ -1,12 +1,21 @@
-"""A product as its loops see it: numbers, in 8 bytes each.
+"""A task as its loops see it: numbers, in 8 bytes each.
 
 Addresses of the rows [row, k], of the matrix and scales that the first place stands for, of the
 result and of the packed rows; k, the groups of scales and n; whether to round to bfloat16; whether
 rows are multiplied as whole numbers; how many matrices any row meets, and addresses of three lists:
 which they are, where their rows begin and where their blocks of packed rows do; what is to be done,
-and into how many pieces it is cut.
+and into how many pieces it is cut. For matrices of floats, what their entries are, and the address
+of another list: how many outputs, or rows to add, are wanted of each.
 """
 
 X, WEIGHT, SCALES, OUT, PACKED, K, GROUPS, N, ROUNDED, WHOLE = range(10)
-MATRICES, MATRIX, ROWS, BLOCKS, IS_PACKING, PIECES = range(10, 16)
-SIZE = 16
+MATRICES, MATRIX, ROWS, BLOCKS, WHAT, PIECES, ENTRY, REACH = range(10, 18)
+SIZE = 18
+
+MULTIPLYING, PACKING, PRODUCTS, SUMS = range(4)
+"""What is done: 8-bit matrices are multiplied, or their rows packed; matrices of floats are
+multiplied, or their rows added."""
+
+INT8, FLOAT32, BFLOAT16 = range(3)
+"""What a matrix's entries are."""
+ENTRY_BYTES = (1, 4, 2)

@@ -12,24 +12,28 @@ from numba import types
 from numba.core import cgutils
 
 from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat
+from grokkit.cpu.task import ENTRY_BYTES, FLOAT32, INT8
 
 _AHEAD = 2
 """Tiles between the one that is computed and the one whose matrix is called for from memory."""
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+_F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
 _ARGUMENTS = (types.int64,) * 8
 
 
-def tile(outputs: int, rows: int) -> Any:
+def tile(outputs: int, rows: int, entry: int) -> Any:
     """A function for compiled code that computes so many outputs of so many rows.
+
+    The matrix's entries are `INT8`, with scales, or else `FLOAT32` or `BFLOAT16`, without.
 
     Each sum is kept in lanes until its end, in an order that does not depend on the tile's size.
     The function's arguments are integers:
 
     - `x`, `weight`, `scales`, `out`: addresses of the first row (float32 [row, group, size]), of
-      the first output's entries (int8 [output, group, size]), of its first scale (bfloat16 [group,
-      n]) and of its first result (float32 [row, n]).
+      the first output's entries ([output, group, size]), of its first scale (bfloat16 [group, n])
+      and of its first result (float32 [row, n]).
     - `groups`, `size`: how many groups of scales, and entries of each, at least `LANES`.
     - `n`: how many outputs there are.
     - `row_bytes`: how far one row of `x` lies from the next.
@@ -37,7 +41,7 @@ def tile(outputs: int, rows: int) -> Any:
 
     def compute(typing_context, x, weight, scales, out, groups, size, n, row_bytes):
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _Tile(builder, arguments, outputs, rows).compute()
+            _Tile(builder, arguments, outputs, rows, entry).compute()
             return context.get_dummy_value()
 
         return types.void(*_ARGUMENTS), codegen
@@ -53,8 +57,8 @@ def _power_of_two(n: int) -> int:
 class _Tile:
     """One tile's instructions, written at the builder's place."""
 
-    def __init__(self, builder: Any, arguments: Any, outputs: int, rows: int) -> None:
-        self.builder = builder
+    def __init__(self, builder: Any, arguments: Any, outputs: int, rows: int, entry: int) -> None:
+        self.builder, self.entry = builder, entry
         self.x, self.weight, self.scales, self.out, *arguments = arguments
         self.groups, self.size, self.n, self.row_bytes = arguments
         self.each = [(j, r) for j in range(outputs) for r in range(rows)]
@@ -64,7 +68,8 @@ class _Tile:
         """Sum each group's products, scale the sums, and add groups and then lanes up."""
         builder, lanes = self.builder, _I64(LANES)
         totals, sums = self._room(), self._room()
-        weight_bytes = builder.mul(self.groups, self.size)
+        width = _I64(ENTRY_BYTES[self.entry])
+        weight_bytes = builder.mul(builder.mul(self.groups, self.size), width)
         with cgutils.for_range(builder, self.groups) as groups:
             group = groups.index
             for place in sums.values():
@@ -81,10 +86,7 @@ class _Tile:
                 keep = builder.icmp_signed(">=", lane, since)
                 entry = builder.sub(builder.add(first, self.size), lanes)
                 self._add_products(sums, entry, weight_bytes, keep)
-            scales = [self._scale(group, j) for j in self.outputs]
-            for j, r in self.each:
-                part, total = builder.load(sums[j, r]), builder.load(totals[j, r])
-                builder.store(self._multiply_add(part, scales[j], total), totals[j, r])
+            self._add_up(sums, totals, group)
         first, last = self._sums([builder.load(totals[at]) for at in self.each])
         for r in self.rows:
             places = [self.each.index((j, r)) for j in self.outputs]
@@ -102,9 +104,8 @@ class _Tile:
         rows = [load(builder, self._at(self.x, (entry, 4), (r, self.row_bytes)), _VECTOR, 1)
                 for r in self.rows]  # fmt: skip
         for j in self.outputs:
-            address = self._at(self.weight, (entry, 1), (j, weight_bytes))
-            entries = load(builder, address, ir.VectorType(ir.IntType(8), LANES), 1)
-            floats = builder.sitofp(entries, _VECTOR)
+            address = self._at(self.weight, (entry, ENTRY_BYTES[self.entry]), (j, weight_bytes))
+            floats = self._floats(address)
             prefetch(builder, self._at(address, (_AHEAD * len(self.outputs), weight_bytes)))
             if keep is not None:
                 floats = builder.select(keep, floats, _ZEROS)
@@ -112,11 +113,35 @@ class _Tile:
                 found = self._multiply_add(floats, rows[r], builder.load(sums[j, r]))
                 builder.store(found, sums[j, r])
 
+    def _floats(self, address: Any) -> Any:
+        """The matrix's entries at an address, as floats."""
+        builder = self.builder
+        if self.entry == FLOAT32:
+            return load(builder, address, _VECTOR, 4)
+        if self.entry == INT8:
+            return builder.sitofp(load(builder, address, ir.VectorType(_I8, LANES), 1), _VECTOR)
+        words = ir.VectorType(_I32, LANES)
+        bits = builder.zext(load(builder, address, ir.VectorType(_I16, LANES), 2), words)
+        return builder.bitcast(builder.shl(bits, ir.Constant(words, [16] * LANES)), _VECTOR)
+
+    def _add_up(self, sums: Any, totals: Any, group: Any) -> None:
+        """Add a group's sums, times its scales if it has any, to the totals."""
+        builder = self.builder
+        for j in self.outputs:
+            scale = self._scale(group, j) if self.entry == INT8 else None
+            for r in self.rows:
+                part, total = builder.load(sums[j, r]), builder.load(totals[j, r])
+                if scale is None:
+                    part = builder.fadd(part, total)
+                else:
+                    part = self._multiply_add(part, scale, total)
+                builder.store(part, totals[j, r])
+
     def _scale(self, group: Any, output: int) -> Any:
         """A bfloat16, the upper half of a float32, in every lane."""
         builder = self.builder
         place = builder.add(builder.mul(group, self.n), _I64(output))
-        bits = load(builder, self._at(self.scales, (place, 2)), ir.IntType(16), 1)
+        bits = load(builder, self._at(self.scales, (place, 2)), _I16, 1)
         bits = builder.shl(builder.zext(bits, _I32), _I32(16))
         return splat(builder, builder.bitcast(bits, _F32), LANES)
 

@@ -1,6 +1,7 @@
 """Turning matrices round: of bytes, as fast as memory takes them, and of words of 4 bytes."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,29 +11,52 @@ from numba import types
 from numba.core import cgutils
 from numba.np.numpy_support import carray
 
-from grokkit.cpu.instructions import LANES, called_from_c, compiled, instruction, pointer
+from grokkit.cpu.instructions import (
+    LANES,
+    called_from_c,
+    compiled,
+    instruction,
+    pointer,
+    prefetch,
+    words,
+)
 
-_SQUARE = 16
-"""Bytes each way that are turned round at once: all processors have registers of this width."""
 _LINE = 64
-"""Bytes that are written at once, past the caches: else each line would first be read, and where
-rows lie a power of two apart, many would have to share a few places of the cache."""
+"""Bytes of a line of the caches. Lines are read whole, and once: where rows lie a power of two
+apart, many would have to share a few places of the cache. And they are written whole, past the
+caches: else each would first be read."""
+_LANE = 16
+"""Bytes that processors shuffle fast: in wider registers each such part by itself."""
 
 _BYTE, _WORD = ir.IntType(8), ir.IntType(32)
 
 
-def turn(rows: Int8[np.ndarray, "row column"], to: Int8[np.ndarray, "column row"]) -> None:
-    """Write a matrix turned round. Other threads of Python run meanwhile.
+def turn(
+    rows: Int8[np.ndarray, "row column"],
+    places: Sequence[tuple[int, Int8[np.ndarray, "some_columns row"]]],
+) -> None:
+    """Write columns of a matrix turned round. Other threads of Python run meanwhile.
 
-    It is fast where rows of `to` begin at multiples of 64 bytes.
+    It is fast where rows of what is written begin at multiples of 64 bytes.
 
     **Arguments:**
 
     - `rows`: to read, with entries of a row side by side.
-    - `to`: to write, likewise.
+    - `places`: first columns, and where to write as many as there is room for, likewise.
     """
-    assert rows.shape == to.shape[::-1] and rows.strides[1] == to.strides[1] == 1
-    _function()(rows.ctypes.data, *rows.shape, rows.strides[0], to.ctypes.data, to.strides[0])
+    listed = np.empty((len(places), _PLACE), np.int64)
+    for i, (first, to) in enumerate(places):
+        assert to.shape[1] == rows.shape[0] and first + to.shape[0] <= rows.shape[1]
+        assert rows.strides[1] == to.strides[1] == 1
+        listed[i] = first, to.shape[0], _address(to), to.strides[0]
+    _function()(_address(rows), rows.shape[0], rows.strides[0], _address(listed), len(places))
+
+
+_PLACE = 4  # numbers: the first column, how many, an address and a distance from row to row
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]  # in half the time that array.ctypes takes
 
 
 @functools.cache
@@ -40,20 +64,21 @@ def _function() -> Any:
     return called_from_c(_turn).ctypes
 
 
-def _turn(
-    source: int, n_rows: int, n_columns: int, source_bytes: int, target: int, target_bytes: int
-) -> int:
+def _turn(source: int, n_rows: int, source_bytes: int, places_at: int, n_places: int) -> int:
     """Of addresses, and of distances from row to row in bytes."""
-    aligned = target % _LINE == 0 and target_bytes % _LINE == 0
-    for j in range(0, n_columns, _SQUARE):
-        width = min(_SQUARE, n_columns - j)
-        for i in range(0, n_rows, _LINE):
-            height = min(_LINE, n_rows - i)
-            a, b = source + i * source_bytes + j, target + j * target_bytes + i
-            if aligned and width == _SQUARE and height == _LINE:
-                _turn_squares(a, source_bytes, b, target_bytes)
-            else:
-                _turn_bytes(a, height, width, source_bytes, b, target_bytes)
+    for i in range(0, n_rows, _LINE):
+        height, strip = min(_LINE, n_rows - i), source + i * source_bytes
+        for p in range(n_places):
+            place = words(places_at + 8 * _PLACE * p, _PLACE)
+            n_columns, target_bytes = place[1], place[3]
+            a, b = strip + place[0], place[2] + i
+            aligned = b % _LINE == 0 and target_bytes % _LINE == 0 and height == _LINE
+            for j in range(0, n_columns, _LINE):
+                width, to = min(_LINE, n_columns - j), b + j * target_bytes
+                if aligned and width == _LINE:
+                    _turn_square(a + j, source_bytes, to, target_bytes)
+                else:
+                    _turn_bytes(a + j, height, width, source_bytes, to, target_bytes)
     _finish_writing()
     return 0
 
@@ -69,48 +94,68 @@ def _turn_bytes(
 
 
 @instruction
-def _turn_squares(typing_context, source, source_bytes, target, target_bytes):
-    """Write `_LINE` rows of `_SQUARE` bytes turned round."""
+def _turn_square(typing_context, source, source_bytes, target, target_bytes):
+    """Write `_LINE` rows of as many bytes turned round."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, source_bytes, target, target_bytes = arguments
 
-        def place(address: Any, i: int, row_bytes: Any, size: int) -> Any:
+        def place(address: Any, i: int, row_bytes: Any) -> Any:
             address = builder.add(address, builder.mul(cgutils.intp_t(i), row_bytes))
-            return builder.inttoptr(address, ir.VectorType(_BYTE, size).as_pointer())
+            return builder.inttoptr(address, ir.VectorType(_BYTE, _LINE).as_pointer())
 
-        squares = []
-        for first in range(0, _LINE, _SQUARE):
-            places = [place(source, first + i, source_bytes, _SQUARE) for i in range(_SQUARE)]
-            squares.append(_turned(builder, [builder.load(at, align=1) for at in places]))
+        line_bytes, turned = cgutils.intp_t(_LINE), []  # of each lane a square
+        for first in range(0, _LINE, _LANE):
+            places = [place(source, first + i, source_bytes) for i in range(_LANE)]
+            for at in places:  # the next square's, which the processor does not foresee
+                prefetch(builder, builder.add(builder.ptrtoint(at, cgutils.intp_t), line_bytes))
+            turned.append(_turned(builder, [builder.load(at, align=1) for at in places]))
         past_caches = builder.module.add_metadata([_WORD(1)])
-        for i, (a, b, c, d) in enumerate(zip(*squares, strict=True)):
-            upper, lower = (
-                _shuffled(builder, *pair, range(_LINE // 2)) for pair in ((a, b), (c, d))
-            )
-            line = _shuffled(builder, upper, lower, range(_LINE))
-            store = builder.store(line, place(target, i, target_bytes, _LINE), align=_LINE)
-            store.set_metadata("nontemporal", past_caches)
+        for i, rows in enumerate(zip(*turned, strict=True)):
+            for lane, line in enumerate(_exchanged(builder, rows)):
+                at = place(target, _LANE * lane + i, target_bytes)
+                store = builder.store(line, at, align=_LINE)
+                store.set_metadata("nontemporal", past_caches)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 4), codegen
 
 
 def _turned(builder: Any, rows: list[Any]) -> list[Any]:
-    """A square, turned round.
+    """A square, turned round; of longer rows that of each lane.
 
     Each step lays the bytes of an upper row between those of a lower one, as cards are riffled;
     after as many steps as halve the square to nothing, each is in its place.
     """
-    n = len(rows)
-    riffled = [place // 2 + n * (place % 2) for place in range(2 * n)]
+    n, width = len(rows), rows[0].type.count
+    halves = [
+        [lane + first + place // 2 + width * (place % 2)
+         for lane in range(0, width, n) for place in range(n)]
+        for first in (0, n // 2)
+    ]  # fmt: skip
     for _ in range(n.bit_length() - 1):
         rows = [
             _shuffled(builder, a, b, half)
             for a, b in zip(rows[: n // 2], rows[n // 2 :], strict=True)
-            for half in (riffled[:n], riffled[n:])
+            for half in halves
         ]
     return rows
+
+
+def _exchanged(builder: Any, rows: Any) -> list[Any]:
+    """Of four rows of four lanes the first lanes of each, the second ones, and so on."""
+
+    def lanes(a: Any, b: Any, *which: int) -> Any:
+        """Such lanes of the first row, and then of the second."""
+        ends = [first + _LANE * lane for first in (0, _LINE) for lane in which]
+        return _shuffled(builder, a, b, [end + i for end in ends for i in range(_LANE)])
+
+    a, b, c, d = rows
+    found = []
+    for half in ((0, 1), (2, 3)):
+        upper, lower = lanes(a, b, *half), lanes(c, d, *half)
+        found += [lanes(upper, lower, first, first + 2) for first in (0, 1)]
+    return found
 
 
 def _shuffled(builder: Any, a: Any, b: Any, lanes: Any) -> Any:

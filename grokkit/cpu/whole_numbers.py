@@ -13,8 +13,8 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu import amx
 from grokkit.cpu.amx import CHUNK, MOST_TILES, SIDE, TILE_BYTES, product_adder
-from grokkit.cpu.digits import DIGITS, LARGEST, float_of, largest_bits, write_digits
-from grokkit.cpu.instructions import address_of, compiled, pointer, words
+from grokkit.cpu.digits import DIGITS, LARGEST, largest_bits, write_digits
+from grokkit.cpu.instructions import address_of, compiled, float_of, pointer, words
 from grokkit.cpu.task import (
     BLOCKS,
     GROUPS,

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grokkit.config import GrokConfig
-from grokkit.kv_cache import KVCache, Stored, part, read, rounded, write
+from grokkit.kv_cache import KVCache, Stored, part, rounded, write
+from grokkit.layers.cached_products import key_products, value_sums
 from grokkit.layers.linear import column_parallel, row_parallel
 from grokkit.layers.rotary import rotate
 from grokkit.numerics import einsum32
@@ -98,8 +99,8 @@ class Attention(eqx.Module):
         n_keys = stored[0].shape[3]
         mask = (jnp.arange(n_keys) <= positions[:, :, None]) & visible[:, None, :n_keys]
         if n_keys <= KEY_BLOCK or whole:
-            k, v = (read(a, at) for a in stored)
-            z = _attend(q, k, v, mask, config, dtype, tap)
+            reach = jnp.max(positions, axis=1) + 1
+            z = _attend(q, stored, at, reach, mask, config, dtype, tap)
         else:
             # Beyond the last position a cache holds nothing; that of a whole sequence is known.
             reach = n_keys if cache is None or cache.is_new else jnp.max(positions) + 1
@@ -120,8 +121,9 @@ def _reshape(x: Array, shape: tuple[int, ...], layout: P) -> Array:
 
 def _attend(
     q: Float[Array, "batch query head d_head"],
-    k: Float[Array, "batch kv_head key d_head"],
-    v: Float[Array, "batch kv_head key d_head"],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""],
+    reach: Int[Array, " batch"],
     mask: Bool[Array, "batch query key"],
     config: GrokConfig,
     dtype: Any,
@@ -132,10 +134,13 @@ def _attend(
     A query that sees no key at all (nothing but pads up to it) gets zeros.
     """
     batch, queries, n_heads, d_head = q.shape
-    n_kv_heads = k.shape[1]
+    keys, values = stored
+    n_kv_heads, n_keys = keys.shape[2:4]
+    # Heads before queries: the other order would turn the values round in memory first.
     grouped = _reshape(q, (batch, queries, n_kv_heads, n_heads // n_kv_heads, d_head), _HEADS)
-    scores = _scores(grouped, k, config, dtype)
-    scores = _reshape(scores, (batch, n_heads, queries, k.shape[2]), _SCORES)
+    grouped = jnp.moveaxis(grouped, 1, 3)
+    scores = _capped(key_products(grouped, keys, layer, reach, dtype), config)
+    scores = _reshape(scores, (batch, n_heads, queries, n_keys), _SCORES)
     mask = mask[:, None]
     # Masked again after the tap: an edit of a score cannot make a hidden key visible.
     scores = jnp.where(mask, tap("attn_scores", jnp.where(mask, scores, -jnp.inf)), -jnp.inf)
@@ -143,20 +148,14 @@ def _attend(
     exp = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isinf(largest), 0, largest)), 0)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     pattern = tap("pattern", exp / jnp.where(total == 0, 1, total))
-    weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, k.shape[2]), _SCORES)
-    # Heads before queries: the other order would turn the values round in memory first.
-    z = einsum32("bngqk,bnkd->bngqd", weights, v, dtype)
+    weights = _reshape(pattern, (batch, n_kv_heads, -1, queries, n_keys), _SCORES)
+    z = value_sums(weights, values, layer, reach, dtype)
     return _reshape(jnp.moveaxis(z, 3, 1), (batch, queries, n_heads, d_head), _HEADS)
 
 
-def _scores(
-    q: Float[Array, "batch query kv_head group d_head"],
-    k: Float[Array, "batch kv_head key d_head"],
-    config: GrokConfig,
-    dtype: Any,
-) -> Float[Array, "batch kv_head group query key"]:
-    """How strongly each query asks for each key, under the soft cap."""
-    scores = einsum32("bqngd,bnkd->bngqk", q, k, dtype) * config.attention_multiplier
+def _capped(products: Array, config: GrokConfig) -> Array:
+    """How strongly queries ask for keys, under the soft cap."""
+    scores = products * config.attention_multiplier
     return config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
 
 
@@ -192,7 +191,7 @@ def _attend_by_blocks(
             keys, values = (part(a, layer, start, KEY_BLOCK) for a in stored)
             seen = jax.lax.dynamic_slice_in_dim(mask, start, KEY_BLOCK, axis=2)
             seen = (seen & (start + jnp.arange(KEY_BLOCK) >= block * KEY_BLOCK))[:, None, None]
-            scores = _scores(grouped, keys, config, dtype)
+            scores = _capped(einsum32("bqngd,bnkd->bngqk", grouped, keys, dtype), config)
             above = jnp.maximum(largest, jnp.max(scores, axis=-1, where=seen, initial=_LOWEST))
             exp = jnp.where(seen, jnp.exp(scores - above[..., None]), 0)
             shrink = jnp.exp(largest - above)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grokkit.config import GrokConfig
-from grokkit.numerics import einsum32
+from grokkit.float_matmul import matmul_transposed
 from grokkit.sharding import Declaration, ParamSpec
 
 
@@ -52,7 +52,7 @@ class Embedding(eqx.Module):
         scatter = self.weight.shape[0] % mesh.shape["model"] == 0
 
         def local(x, weight):
-            partial = einsum32("btd,vd->btv", x, weight, dtype)
+            partial = matmul_transposed(x, weight, dtype)
             if scatter:
                 return jax.lax.psum_scatter(partial, "model", scatter_dimension=2, tiled=True)
             return jax.lax.psum(partial, "model")

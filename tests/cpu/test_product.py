@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 
 from grokkit.cpu import amx, grouped_product, product, whole_numbers
+from grokkit.cpu.few_rows import FEW_ROWS
 from grokkit.cpu.instructions import LANES, called_from_c
-from grokkit.cpu.loops import FEW_ROWS
 
 N, K, GROUPS, MATRICES = 37, 64, 4, 5
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -96,6 +97,7 @@ def test_rows_meet_their_own_matrix(stack, threads, dtype):
         check([rows], stack, 2, dtype)
     check([3, 0, 40, FEW_ROWS + 1], stack, 1, dtype)
     check([0, 0, 1, 0, 1], stack, 0, dtype)
+    check([1, 2, 1, 3, FEW_ROWS + 1], stack, 0, dtype)  # more matrices than packed blocks
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -230,8 +232,8 @@ def test_threads_that_compile_at_once_register_it_once(stack, monkeypatch):
         calls.append(threading.get_ident())
         time.sleep(0.2)
 
-    monkeypatch.setattr(product, "_register", register)
-    monkeypatch.setattr(product.jax.ffi, "ffi_call", lambda *_, **__: lambda *_: [None])
+    monkeypatch.setattr(product.xla, "register", register)
+    monkeypatch.setattr(product.jax.ffi, "ffi_call", lambda *_, **__: lambda *_: [jnp.ones((1, N))])
     weight, scales = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in stack)
     arguments = (jnp.ones((1, K)), jnp.array([1]), weight, scales, jnp.int32(0), FLOAT32)
     unchecked = getattr(grouped_product, "__wrapped__", grouped_product)
@@ -257,7 +259,7 @@ def test_compiled_code_of_another_version_is_not_taken_from_disk():
 def test_a_processor_with_shorter_registers_gives_the_same():
     """These tests once more, compiled for one of 2013."""
     lesser = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+f16c,+sse4.2"}
-    chosen = "rows_meet or beyond_whole or nearest or beside_it"
+    chosen = "rows_meet or beyond_whole or nearest or beside_it or like_the_definition"
     command = [
         sys.executable,
         "-m",
@@ -267,7 +269,7 @@ def test_a_processor_with_shorter_registers_gives_the_same():
         "no:cacheprovider",
         "-k",
         chosen,
-        __file__,
+        str(Path(__file__).parent),
     ]
     done = subprocess.run(
         command, check=False, env=os.environ | lesser, capture_output=True, text=True, timeout=600

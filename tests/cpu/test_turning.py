@@ -36,7 +36,7 @@ def test_turned_round(n_rows, n_columns, more, start):
     rows = entries(n_rows, n_columns + 7)[:, 3 : 3 + n_columns]
     pitch = -(-max(n_rows, 1) // 64) * 64 + more
     to, whole = framed(n_columns, n_rows, pitch, start)
-    turn(rows, to)
+    turn(rows, [(0, to)])
     assert np.array_equal(to, rows.T)
     to[:] = 7
     assert (whole == 7).all()

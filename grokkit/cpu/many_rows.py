@@ -1,0 +1,160 @@
+"""Products of many rows with 8-bit matrices.
+
+Rows are first laid side by side, `LANES` at a time, in what is called packed here; then each block
+of a matrix is turned into floats once for all of them (`wide_tiles`).
+"""
+
+from typing import Any
+
+import numpy as np
+from numba.np.numpy_support import carray
+
+from grokkit.cpu.instructions import HAS_BFLOAT16_PAIRS, LANES, address_of, compiled, pointer, words
+from grokkit.cpu.task import (
+    BLOCKS,
+    GROUPS,
+    MATRICES,
+    MATRIX,
+    OUT,
+    PACKED,
+    ROUNDED,
+    ROWS,
+    SCALES,
+    WEIGHT,
+    K,
+    N,
+    X,
+)
+from grokkit.cpu.turning import turn_words
+from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, wide_tile
+
+PANELS = 8 * OUTPUTS
+"""Outputs whose sums are kept while the entries are gone through."""
+_MOST = 256 // LANES
+"""Vectors of rows whose sums are kept."""
+_CHUNK = 256
+"""Entries that are turned into floats at once: those of a panel stay in the first cache."""
+_AHEAD = 2 * OUTPUTS
+"""Outputs between those that are computed and those whose entries are called for from memory."""
+_TOTALS = (_MOST + 1) * LANES
+"""Rows that there is room for, with some to spare: an odd distance from output to output."""
+
+
+def _wide_tiles(pairs: bool) -> Any:
+    """A function that adds the products of some vectors of rows."""
+    one, two, three, four = (wide_tile(min(n, MOST_VECTORS), pairs) for n in (1, 2, 3, 4))
+
+    def compute(vectors: int, x: int, x_bytes: int, how: Any, totals: int) -> None:
+        if vectors == 4:
+            four(x, x_bytes, *how, totals, 4 * _TOTALS)
+        elif vectors == 3:
+            three(x, x_bytes, *how, totals, 4 * _TOTALS)
+        elif vectors == 2:
+            two(x, x_bytes, *how, totals, 4 * _TOTALS)
+        else:
+            one(x, x_bytes, *how, totals, 4 * _TOTALS)
+
+    return compiled(compute)
+
+
+_add_entries, _add_pairs = _wide_tiles(False), _wide_tiles(HAS_BFLOAT16_PAIRS)
+_as_floats, _as_halves = converter(False), converter(True)
+
+
+@compiled
+def is_paired(rounded: int, k: int, groups: int) -> bool:
+    """Whether entries are multiplied two at a time."""
+    return HAS_BFLOAT16_PAIRS and rounded != 0 and k // groups % 2 == 0
+
+
+@compiled
+def multiply(task: Any, i: int, first: int, last: int) -> None:
+    """Outputs `first` to `last` of the rows of the i-th matrix, which are packed."""
+    k, n, starts = task[K], task[N], words(task[ROWS], task[MATRICES] + 1)
+    vectors = words(task[BLOCKS], task[MATRICES] + 1)
+    paired = is_paired(task[ROUNDED], k, task[GROUPS])
+    vector_bytes = (2 if paired else 4) * LANES * k
+    totals = np.empty((PANELS, _TOTALS), np.float32)
+    panel = np.zeros((OUTPUTS, _CHUNK + LANES), np.float32)
+    scales = np.zeros(OUTPUTS, np.float32)
+    for v in range(vectors[i], vectors[i + 1], _MOST):
+        some, row = min(_MOST, vectors[i + 1] - v), starts[i] + (v - vectors[i]) * LANES
+        rows = min(some * LANES, starts[i + 1] - row)
+        for start in range(first, last, PANELS):
+            outputs = min(PANELS, last - start)
+            totals[:] = 0
+            x = task[PACKED] + v * vector_bytes
+            _sum_up(task, i, start, outputs, some, x, totals, panel, scales)
+            to = task[OUT] + 4 * (n * row + start)
+            turn_words(address_of(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
+
+
+@compiled
+def _sum_up(
+    task: Any, i: int, start: int, outputs: int, vectors: int, x: int, totals: Any, panel: Any,
+    scales: Any,
+) -> None:  # fmt: skip
+    """Add to the totals of some outputs all their products with some vectors of packed rows."""
+    k, n, groups = task[K], task[N], task[GROUPS]
+    paired = is_paired(task[ROUNDED], k, groups)
+    matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
+    weight = task[WEIGHT] + (matrix * n + start) * k
+    bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
+    entry_bytes = (2 if paired else 4) * LANES
+    panel_at, panel_bytes = address_of(panel), 4 * panel.shape[1]
+    scale_bits = scales.view(np.uint32)
+    tiles = -(-vectors // MOST_VECTORS)
+    for g in range(groups):
+        for chunk in range(g * group, (g + 1) * group, _CHUNK):
+            entries = min(_CHUNK, (g + 1) * group - chunk)
+            steps = entries // 2 if paired else entries
+            for j in range(0, outputs, OUTPUTS):
+                for o in range(min(OUTPUTS, outputs - j)):
+                    source, target = weight + (j + o) * k + chunk, panel_at + o * panel_bytes
+                    if paired:
+                        _as_halves(source, target, entries, source + _AHEAD * k)
+                    else:
+                        _as_floats(source, target, entries, source + _AHEAD * k)
+                    scale_bits[o] = np.uint32(bits[g, start + j + o]) << np.uint32(16)
+                how = (panel_at, panel_bytes, steps, address_of(scales))
+                for t in range(tiles):
+                    a, b = vectors * t // tiles, vectors * (t + 1) // tiles
+                    to = address_of(totals) + 4 * (j * _TOTALS + a * LANES)
+                    at = x + a * k * entry_bytes + chunk * entry_bytes
+                    if paired:
+                        _add_pairs(b - a, at, k * entry_bytes, how, to)
+                    else:
+                        _add_entries(b - a, at, k * entry_bytes, how, to)
+
+
+_STRIP = 64
+"""Entries of rows, or pairs, that are packed at once: they stay in the first cache."""
+_round, _round_pairs = rounder(False), rounder(True)
+
+
+@compiled
+def pack(task: Any, vector: int) -> None:
+    """Lay the rows of one vector side by side: [entry, lane], or [pair, lane, 2]."""
+    k, starts = task[K], words(task[ROWS], task[MATRICES] + 1)
+    vectors, i = words(task[BLOCKS], task[MATRICES] + 1), 0
+    while vectors[i + 1] <= vector:
+        i += 1
+    row = starts[i] + (vector - vectors[i]) * LANES
+    rows = min(LANES, starts[i + 1] - row)
+    paired = is_paired(task[ROUNDED], k, task[GROUPS])
+    x, height = task[X] + 4 * k * row, k // 2 if paired else k
+    packed = task[PACKED] + 4 * LANES * height * vector
+    strip = np.zeros((LANES, _STRIP), np.uint32)
+    for first in range(0, height, _STRIP):
+        n = min(_STRIP, height - first)
+        for lane in range(rows):
+            to = address_of(strip) + 4 * _STRIP * lane
+            if paired:
+                _round_pairs(x + 4 * (k * lane + 2 * first), to, n)
+            elif task[ROUNDED]:
+                _round(x + 4 * (k * lane + first), to, n)
+            else:
+                source = carray(pointer(x + 4 * (k * lane + first)), n, np.uint32)
+                for e in range(n):
+                    strip[lane, e] = source[e]
+        turn_words(address_of(strip), LANES, n, 4 * _STRIP, packed + 4 * LANES * first, 4 * LANES)
