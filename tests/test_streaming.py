@@ -360,8 +360,8 @@ def test_the_disk_is_told_of_every_layer_before_it_is_read(golden_dir, mesh, mon
     reader = LayerReader(plan_params(checkpoint, param_specs(checkpoint.config), mesh).blocks)
     called_for, told, read_leaves = {}, [], streaming.read_leaves
 
-    def watch(plans, parts, then):
-        found = read_leaves(plans, parts, then=then)
+    def watch(plans, parts, **how):
+        found = read_leaves(plans, parts, **how)
         told.append(called_for.copy())
         return found
 
@@ -380,6 +380,30 @@ def test_the_disk_is_told_of_every_layer_before_it_is_read(golden_dir, mesh, mon
                 expected.setdefault(source.file.path, set()).update(span)
         if i:  # what comes next is known too
             assert told[i - 1] == expected
+
+
+def test_layers_that_memory_would_not_keep_are_read_past_the_page_cache(
+    golden_dir, mesh, monkeypatch
+):
+    checkpoint = open_checkpoint(golden_dir)
+    blocks = plan_params(checkpoint, param_specs(checkpoint.config), mesh).blocks
+    past, read_leaves = [], streaming.read_leaves
+    # Copies: the reader uses its memory again.
+    expected = [jax.tree.map(np.array, layer) for layer in LayerReader(blocks).layers()]
+
+    def watch(plans, parts, **how):
+        past.append(how["past_cache"])
+        return read_leaves(plans, parts, **how)
+
+    monkeypatch.setattr(streaming, "read_leaves", watch)
+    reader = LayerReader(blocks)
+    for memory, is_past in ((reader.nbytes * 2, False), (reader.nbytes, True)):
+        past.clear()
+        monkeypatch.setattr(streaming, "_physical_memory", lambda n=memory: n)
+        reader = LayerReader(blocks)
+        for found, layer in zip(reader.layers(), expected, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, found, layer)
+        assert past == [is_past] * 12
 
 
 def test_a_pass_that_fails_leaves_the_model_usable(streamed, tokens):

@@ -267,6 +267,7 @@ def read_leaves(
     parts: Sequence[Parts],
     report: Callable[[int], object] = lambda n_bytes: None,
     then: "tuple[Sequence[LeafPlan], Sequence[Parts]]" = ((), ()),
+    past_cache: bool = False,
 ) -> list[Array]:
     """Read leaves' files into their `parts` and make an array of each.
 
@@ -277,12 +278,13 @@ def read_leaves(
     - `plans`, `parts`: of each leaf.
     - `report`: told how many bytes are done with.
     - `then`: the same of the leaves that will be read next, by another call.
+    - `past_cache`: see `grokkit.checkpoint.slabs.fill`.
     """
     arrays, others = _wanted(plans, parts)
     for copy, n_bytes in others:
         copy()
         report(n_bytes)
-    fill(arrays, report, _wanted(*then)[0])
+    fill(arrays, report, _wanted(*then)[0], past_cache)
     return [_finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
 
 

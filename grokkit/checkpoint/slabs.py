@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from grokkit import cpu
-from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
+from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, TensorFile
 
 _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
@@ -56,40 +56,52 @@ def fill(
     arrays: Sequence[Wanted],
     report: Callable[[int], object] = lambda n_bytes: None,
     then: Sequence[Wanted] = (),
+    past_cache: bool = False,
 ) -> None:
     """Read every place's part of some arrays.
 
     Beyond the places' memory each of at most four threads uses a slab, of 4 MB or a row. The disk
-    is told 270 MB ahead what will be read, so that it works while processors are busy elsewhere.
+    is told 270 MB ahead what will be read, so that it works while processors are busy elsewhere;
+    but not if it is read past the page cache. Then there are more threads, which wait for it.
 
     **Arguments:**
 
     - `arrays`: what to read.
     - `report`: told how many of an array's bytes are done with, by one thread at a time.
     - `then`: what will be read next, in another call; the disk is told of its beginning.
+    - `past_cache`: leave the system's page cache alone, where whole rows are read: it would not
+        keep what is read, and copying out of it takes the processors' time.
 
     **Raises:** `CheckpointError` if a file is gone or has changed since its header was read.
     """
     readings = [_Reading.of(wanted) for wanted in arrays if wanted.places]
     waiting = collections.deque(item for reading in readings for item in reading.items())
-    ahead = _Ahead([*readings, *(_Reading.of(wanted) for wanted in then if wanted.places)])
+    next_readings = [_Reading.of(wanted) for wanted in then if wanted.places]
+    ahead = _Ahead([] if past_cache else [*readings, *next_readings])
     ahead.call_for(_AHEAD)
-    n_threads = min(len(waiting), cpu.cores(), MOST_THREADS)
+    n_threads = min(len(waiting), MOST_THREADS if past_cache else min(cpu.cores(), MOST_THREADS))
     one_at_a_time = threading.Lock()
     largest = max((reading.buffer_bytes for reading in readings), default=0)
 
     def work() -> None:
         present: _Reading | None = None
-        memory, buffers = np.empty(largest, np.uint8), dict[Any, _Buffer]()
+        memory, buffers = _pages(largest), dict[Any, _Buffer]()
         with contextlib.ExitStack() as opened:
             while item := _next(waiting.popleft):
                 reading, slab, n_bytes = item
                 if reading is not present:
                     opened.close()
-                    present, read = reading, opened.enter_context(reading.wanted.file.reading())
-                    buffer = reading.buffer(memory, buffers)
-                ahead.call_for(slab.n * reading.layout.stride)
-                reading.take(read, buffer, slab)
+                    present, file = reading, reading.wanted.file
+                    if directly := past_cache and reading.layout.is_whole:
+                        read = opened.enter_context(file.reading_past_cache())
+                    else:
+                        read = opened.enter_context(file.reading())
+                        buffer = reading.buffer(memory, buffers)
+                if directly:
+                    reading.take_past_cache(read, _bytes(memory), slab)
+                else:
+                    ahead.call_for(slab.n * reading.layout.stride)
+                    reading.take(read, buffer, slab)
                 with one_at_a_time:
                     report(n_bytes)
 
@@ -147,13 +159,23 @@ class _Reading:
 
     def take(self, read: Any, buffer: "_Buffer", slab: "_Slab") -> None:
         """Read a slab and put it in its places."""
-        parts = [p for p in self.parts if slab.rows == p.rows and slab.lead in p.lead]
+        parts = self._parts_of(slab)
         if len(parts) == 1 and self.layout.is_whole and not self.wanted.turned:
             memory = parts[0].rows_of(slab)
             if memory.flags.c_contiguous:
                 return self.layout.read_into(read, memory, slab)
         rows = self.layout.read(read, buffer, slab)
         _put(rows, parts, slab, self.columns.start, self.wanted.turned)
+
+    def take_past_cache(self, read: Any, memory: memoryview, slab: "_Slab") -> None:
+        """The same, of whole rows."""
+        layout = self.layout
+        found = read(memory, slab.n * layout.width, layout.start(slab))
+        rows = np.frombuffer(found, layout.span.dtype).reshape(slab.n, -1)
+        _put(rows, self._parts_of(slab), slab, self.columns.start, self.wanted.turned)
+
+    def _parts_of(self, slab: "_Slab") -> "list[_Part]":
+        return [p for p in self.parts if slab.rows == p.rows and slab.lead in p.lead]
 
 
 _Item = tuple[_Reading, "_Slab", int]
@@ -237,6 +259,12 @@ def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]
         for lead, first, stop in wanted
         for start in range(first, stop, most)
     ]
+
+
+def _pages(n_bytes: int) -> np.ndarray:
+    """Memory for so many bytes from anywhere in a file, to be read as whole pages."""
+    memory = np.empty(n_bytes + 3 * PAGE, np.uint8)
+    return memory[-memory.ctypes.data % PAGE :]
 
 
 def _next(take: Callable[[], Any]) -> Any:

@@ -1,5 +1,7 @@
 """A checkpoint's layers read one after the other, the next while one is in use."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -11,6 +13,7 @@ from jaxtyping import PyTree
 
 from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaves
 
+_KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
 
 
@@ -34,6 +37,9 @@ class LayerReader:
             [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
         ]
         self._parts: list[Any] = [None, None]
+        self.past_cache = self.nbytes > _KEPT * _physical_memory()
+        """Whether files are read past the page cache, which would not keep them until the next
+        pass."""
         self._one_pass = threading.Lock()
         self._bytes_read, self._seconds = 0, 0.0
 
@@ -52,7 +58,12 @@ class LayerReader:
             first = self._plans[0]
             small = [plan for plan in first if plan.nbytes <= _SAMPLE]
             plan = max(small or first, key=lambda plan: plan.nbytes)
-            return plan.nbytes / _timed(lambda: read_leaves([plan], [new_parts(plan)]))[1]
+            return (
+                plan.nbytes
+                / _timed(
+                    lambda: read_leaves([plan], [new_parts(plan)], past_cache=self.past_cache)
+                )[1]
+            )
         return self._bytes_read / self._seconds
 
     def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -104,7 +115,9 @@ class LayerReader:
         """One layer; the other is the one that will be read after it."""
         plans, parts = self._plans[layer], self._parts_of(layer)
         after = ([], []) if then is None else (self._plans[then], self._parts_of(then))
-        leaves, seconds = _timed(lambda: read_leaves(plans, parts, then=after))
+        leaves, seconds = _timed(
+            lambda: read_leaves(plans, parts, then=after, past_cache=self.past_cache)
+        )
         self._bytes_read += sum(plan.nbytes for plan in plans)
         self._seconds += seconds
         return leaves
@@ -114,6 +127,13 @@ class LayerReader:
         if self._parts[layer % 2] is None:
             self._parts[layer % 2] = [new_parts(plan) for plan in self._plans[layer]]
         return self._parts[layer % 2]
+
+
+def _physical_memory() -> int:
+    """Bytes."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize  # and files are read as any other
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _timed(read: Callable[[], Any]) -> tuple[Any, float]:

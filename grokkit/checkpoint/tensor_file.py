@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from grokkit.errors import CheckpointError
 INT4 = np.dtype(ml_dtypes.int4)
 
 _CALLED_FOR = 1 << 20  # bytes at once: Linux takes no notice of what is beyond some 1.3 MB
+PAGE = mmap.PAGESIZE
+"""Bytes that are read at once past the page cache: no disk's blocks are larger, that we know of."""
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
 
@@ -110,6 +114,29 @@ class TensorFile:
         except OSError as e:
             raise self._changed(str(e)) from e
 
+    @contextlib.contextmanager
+    def reading_past_cache(self) -> Iterator[Callable[[memoryview, int, int], memoryview]]:
+        """A function that reads so many bytes from a place in the file into some of the memory that
+        it is given, and returns that part. The system's page cache is left alone, where it can be:
+        that spares the processor a copy.
+
+        The memory begins at a multiple of `PAGE` bytes, and has room for two more.
+
+        **Raises:** as `open`, here or from the function.
+        """
+        with self.reading() as read_copy, _opened_directly(self.path) as descriptor:
+
+            def read(memory: memoryview, n_bytes: int, offset: int) -> memoryview:
+                before = offset % PAGE
+                found = memory[before : before + n_bytes]
+                if descriptor is None or not _fill_directly(
+                    descriptor, memory, before + n_bytes, offset - before
+                ):
+                    read_copy([found], n_bytes, offset)
+                return found
+
+            yield read
+
     def call_for(self, offset: int, n_bytes: int) -> None:
         """Have the system begin to read a part of the file, where it can, without waiting for it."""
         if not hasattr(os, "posix_fadvise"):  # as on macOS
@@ -139,6 +166,36 @@ def _fill(descriptor: int, buffers: Sequence[memoryview], n_bytes: int, offset: 
         n_bytes, offset = n_bytes - got, offset + got
         buffers = _after(buffers, got)
         got = os.preadv(descriptor, buffers, offset)
+    return True
+
+
+@contextlib.contextmanager
+def _opened_directly(path: Path) -> Iterator[int | None]:
+    """A descriptor for reading past the page cache; none where system or file system have none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except (OSError, AttributeError):
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _fill_directly(descriptor: int, memory: memoryview, n_bytes: int, offset: int) -> bool:
+    """Read at least so many bytes, whole pages at once; whether that could be done."""
+    got, whole = 0, n_bytes + -n_bytes % PAGE
+    while got < n_bytes:
+        try:
+            more = os.preadv(descriptor, [memory[got:whole]], offset + got)
+        except OSError as e:
+            if e.errno == errno.EINVAL:  # a disk with larger blocks
+                return False
+            raise
+        if more < min(n_bytes - got, PAGE):  # the file's end
+            return False
+        got += more - more % PAGE if got + more < n_bytes else more
     return True
 
 

@@ -1,6 +1,8 @@
 """One tensor file: the golden bytes, CPython's own pickler, and damage."""
 
+import ctypes
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from grokkit.checkpoint import encoded_size, read_tensor, write_tensor
 from grokkit.checkpoint.pickle_layout import Slot, layout, layout_size
 from grokkit.checkpoint.pickle_objects import Global
+from grokkit.checkpoint.tensor_file import PAGE, _opened_directly
 from grokkit.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -405,3 +408,90 @@ def test_a_system_that_gives_less_than_it_is_asked_for(most, tmp_path, monkeypat
         assert np.array_equal(found.view(np.float32), expected)
         with pytest.raises(CheckpointError, match="ended early"):
             read([memoryview(row) for row in found], found.nbytes, file.size - 8)
+
+
+@pytest.fixture
+def three_pages(tmp_path):
+    """A file of three pages and a bit, and its bytes."""
+    path = tmp_path / "tensor00000_000"
+    write_tensor(path, np.random.default_rng(0).normal(size=(3, PAGE // 4)).astype(np.float32))
+    return read_tensor(path), path.read_bytes()
+
+
+def pages(n):
+    memory = np.zeros((n + 1) * PAGE, np.uint8)
+    return memoryview(memory[-memory.ctypes.data % PAGE :][: n * PAGE])
+
+
+def check_reading_past_cache(file, expected):
+    with file.reading_past_cache() as read:
+        for offset, n in ((0, 10), (150, PAGE), (PAGE, PAGE), (PAGE - 1, 2), (0, len(expected))):
+            assert read(pages(5), n, offset) == expected[offset : offset + n]
+        end = len(expected) - 7
+        assert read(pages(5), 7, end) == expected[end:]
+        with pytest.raises(CheckpointError, match="ended early"):
+            read(pages(5), 8, end)
+
+
+def test_any_part_of_a_file_can_be_read_past_the_page_cache(three_pages):
+    check_reading_past_cache(*three_pages)
+
+
+@pytest.mark.parametrize("refused", ["opening", "reading"])
+def test_where_the_page_cache_cannot_be_passed_it_is_used(refused, three_pages, monkeypatch):
+    """Not every file system lets it be, nor every disk that has larger blocks."""
+    open_, preadv, opened = os.open, os.preadv, set()
+
+    def refuse_to_open(path, flags, *more):
+        found = -1 if flags & os.O_DIRECT and refused == "opening" else open_(path, flags, *more)
+        if found < 0:
+            raise OSError(errno.EINVAL, "no")
+        opened.update({found} if flags & os.O_DIRECT else ())
+        return found
+
+    def refuse_to_read(descriptor, buffers, offset):
+        if descriptor in opened:
+            raise OSError(errno.EINVAL, "no")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "open", refuse_to_open)
+    monkeypatch.setattr(os, "preadv", refuse_to_read)
+    check_reading_past_cache(*three_pages)
+    assert bool(opened) == (refused == "reading")
+
+
+def test_a_direct_read_that_gives_less_than_it_is_asked_for(three_pages, monkeypatch):
+    preadv = os.preadv
+
+    def less(descriptor, buffers, offset):
+        return preadv(descriptor, [buffers[0][: PAGE + 512]], offset)
+
+    monkeypatch.setattr(os, "preadv", less)
+    file, expected = three_pages
+    with file.reading_past_cache() as read:
+        assert read(pages(5), 2 * PAGE + 100, 50) == expected[50 : 2 * PAGE + 150]
+
+
+def test_what_is_read_past_the_page_cache_is_not_in_it(three_pages):
+    file, expected = three_pages
+    with _opened_directly(file.path) as descriptor:
+        if descriptor is None:
+            pytest.skip("this system, or this file system, has no reading past the page cache")
+
+    def is_cached():  # some page of it; to read one would have others read ahead
+        mapped, found = np.memmap(file.path, mode="r"), (ctypes.c_ubyte * 4)()
+        address, size = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(mapped.size)
+        assert ctypes.CDLL(None).mincore(address, size, found) == 0
+        return any(byte & 1 for byte in found)
+
+    with open(file.path, "rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached():
+        pytest.skip("this file system keeps its files in memory")
+    with file.reading_past_cache() as read:
+        read(pages(5), len(expected), 0)
+    assert not is_cached()
+    with file.reading() as read:
+        read([pages(5)[: len(expected)]], len(expected), 0)
+    assert is_cached()

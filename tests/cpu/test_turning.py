@@ -51,9 +51,10 @@ def matrices(tmp_path_factory):
     return path, weight
 
 
+@pytest.mark.parametrize("past_cache", [False, True])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("rows", [7, 64, 1000])
-def test_slabs_of_any_size_by_several_threads(matrices, turned, rows, monkeypatch):
+def test_slabs_of_any_size_by_several_threads(matrices, turned, rows, past_cache, monkeypatch):
     path, weight = matrices
     monkeypatch.setattr(slabs, "_SLAB", rows * 256)
     monkeypatch.setattr("grokkit.cpu.cores", lambda: 4)
@@ -64,7 +65,7 @@ def test_slabs_of_any_size_by_several_threads(matrices, turned, rows, monkeypatc
         index = (slice(0, 2), some_rows, columns)
         memory = np.zeros((2, 128, 192) if turned else (2, 192, 128), np.int8)
         places.append(slabs.Place(index, memory, jax.devices()[0]))
-    slabs.fill([slabs.Wanted(file, file.weight, turned, places)])
+    slabs.fill([slabs.Wanted(file, file.weight, turned, places)], past_cache=past_cache)
     for place in places:
         part = weight[place.index]
         assert np.array_equal(place.memory, part.swapaxes(-1, -2) if turned else part)
