@@ -332,8 +332,8 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
     made, alive = [], []
     read = reader._read
 
-    def watch(layer, then):
-        arrays = read(layer, then)
+    def watch(pool, layer, then):
+        arrays = read(pool, layer, then)
         made.extend(weakref.ref(a) for a in arrays)
         alive.append(sum(ref() is not None for ref in made) / len(arrays))
         return arrays

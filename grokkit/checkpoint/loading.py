@@ -8,6 +8,7 @@ one slice on its way (on the host and on the device); on CPU devices, a few slab
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -268,6 +269,7 @@ def read_leaves(
     report: Callable[[int], object] = lambda n_bytes: None,
     then: "tuple[Sequence[LeafPlan], Sequence[Parts]]" = ((), ()),
     past_cache: bool = False,
+    pool: ThreadPoolExecutor | None = None,
 ) -> list[Array]:
     """Read leaves' files into their `parts` and make an array of each.
 
@@ -278,13 +280,13 @@ def read_leaves(
     - `plans`, `parts`: of each leaf.
     - `report`: told how many bytes are done with.
     - `then`: the same of the leaves that will be read next, by another call.
-    - `past_cache`: see `grokkit.checkpoint.slabs.fill`.
+    - `past_cache`, `pool`: see `grokkit.checkpoint.slabs.fill`.
     """
     arrays, others = _wanted(plans, parts)
     for copy, n_bytes in others:
         copy()
         report(n_bytes)
-    fill(arrays, report, _wanted(*then)[0], past_cache)
+    fill(arrays, report, _wanted(*then)[0], past_cache, pool)
     return [_finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
 
 

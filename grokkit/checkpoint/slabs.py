@@ -23,7 +23,7 @@ from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, TensorFile
 _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
 _TURNED_ROWS = 256  # rows turned round at once, and more of short ones:
-_TURNED_BYTES = 1 << 21
+_TURNED_BYTES = 1 << 22
 _AHEAD = 1 << 28  # bytes between what is read and what is called for from the disk
 
 
@@ -57,6 +57,7 @@ def fill(
     report: Callable[[int], object] = lambda n_bytes: None,
     then: Sequence[Wanted] = (),
     past_cache: bool = False,
+    pool: ThreadPoolExecutor | None = None,
 ) -> None:
     """Read every place's part of some arrays.
 
@@ -71,13 +72,13 @@ def fill(
     - `then`: what will be read next, in another call; the disk is told of its beginning.
     - `past_cache`: leave the system's page cache alone, where whole rows are read: it would not
         keep what is read, and copying out of it takes the processors' time.
+    - `pool`: threads to do it, from `new_pool`; they keep their slabs' memory from call to call.
 
     **Raises:** `CheckpointError` if a file is gone or has changed since its header was read.
     """
-    readings = [_Reading.of(wanted) for wanted in arrays if wanted.places]
+    readings = _readings(arrays)
     waiting = collections.deque(item for reading in readings for item in reading.items())
-    next_readings = [_Reading.of(wanted) for wanted in then if wanted.places]
-    ahead = _Ahead([] if past_cache else [*readings, *next_readings])
+    ahead = _Ahead([] if past_cache else [*readings, *_readings(then)])
     ahead.call_for(_AHEAD)
     n_threads = min(len(waiting), MOST_THREADS if past_cache else min(cpu.cores(), MOST_THREADS))
     one_at_a_time = threading.Lock()
@@ -85,7 +86,7 @@ def fill(
 
     def work() -> None:
         present: _Reading | None = None
-        memory, buffers = _pages(largest), dict[Any, _Buffer]()
+        memory, buffers = _kept_memory(largest), dict[Any, _Buffer]()
         with contextlib.ExitStack() as opened:
             while item := _next(waiting.popleft):
                 reading, slab, n_bytes = item
@@ -106,15 +107,41 @@ def fill(
                     report(n_bytes)
 
     if n_threads <= 1:  # a thread would take longer to start than a small array to read
-        return work()
-    with ThreadPoolExecutor(n_threads, "reading") as pool:
-        threads = [pool.submit(work) for _ in range(n_threads)]
+        work()
+        return _kept.__dict__.clear()
+    with contextlib.nullcontext(pool) if pool else new_pool() as its_pool:
+        threads = [its_pool.submit(work) for _ in range(n_threads)]
         try:
             wait(threads, return_when=FIRST_EXCEPTION)
         finally:
             waiting.clear()  # after an error, or Ctrl-C, the others soon end
+            wait(threads)
         for thread in threads:
             thread.result()
+
+
+def new_pool() -> ThreadPoolExecutor:
+    """Threads for `fill`."""
+    return ThreadPoolExecutor(MOST_THREADS, "reading")
+
+
+_kept = threading.local()
+
+
+def _kept_memory(n_bytes: int) -> np.ndarray:
+    """Memory of this thread for so many bytes from anywhere in a file, to be read as whole pages.
+
+    To touch new memory takes as long as to read it.
+    """
+    memory = getattr(_kept, "memory", None)
+    if memory is None or memory.size < n_bytes + 2 * PAGE:
+        raw = np.empty(n_bytes + 3 * PAGE, np.uint8)
+        memory = _kept.memory = raw[-raw.ctypes.data % PAGE :]
+    return memory
+
+
+def _readings(arrays: "Sequence[Wanted]") -> "list[_Reading]":
+    return [_Reading.of(wanted) for wanted in arrays if wanted.places]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,12 +286,6 @@ def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]
         for lead, first, stop in wanted
         for start in range(first, stop, most)
     ]
-
-
-def _pages(n_bytes: int) -> np.ndarray:
-    """Memory for so many bytes from anywhere in a file, to be read as whole pages."""
-    memory = np.empty(n_bytes + 3 * PAGE, np.uint8)
-    return memory[-memory.ctypes.data % PAGE :]
 
 
 def _next(take: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """A checkpoint's layers read one after the other, the next while one is in use."""
 
+import functools
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from grokkit.checkpoint import slabs
 from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaves
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
@@ -101,23 +103,32 @@ class LayerReader:
         """
         order = range(self.n_layers)[start:stop]
         order = order[::-1] if backwards else order
-        with self._one_pass, ThreadPoolExecutor(1, "reading-layers") as pool:
+        with (
+            self._one_pass,
+            slabs.new_pool() as threads,
+            ThreadPoolExecutor(1, "reading-layers") as pool,
+        ):
             coming = [*order, None, None]
-            pending = [pool.submit(self._read, *coming[:2])] if order else []
+            read = functools.partial(pool.submit, self._read, threads)
+            pending = [read(*coming[:2])] if order else []
             for i in range(1, len(order) + 1):
                 ready = [pending.pop().result()]
                 if coming[i] is not None:
-                    pending.append(pool.submit(self._read, *coming[i : i + 2]))
+                    pending.append(read(*coming[i : i + 2]))
                 # Nothing here may hold on to the layer while the next is read.
                 yield jax.tree.unflatten(self._treedef, ready.pop())
 
-    def _read(self, layer: int, then: int | None) -> list[Any]:
+    def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
         """One layer; the other is the one that will be read after it."""
         plans, parts = self._plans[layer], self._parts_of(layer)
-        after = ([], []) if then is None else (self._plans[then], self._parts_of(then))
-        leaves, seconds = _timed(
-            lambda: read_leaves(plans, parts, then=after, past_cache=self.past_cache)
+        if then is None or self.past_cache:
+            after = ([], [])
+        else:
+            after = (self._plans[then], self._parts_of(then))
+        read = functools.partial(
+            read_leaves, plans, parts, then=after, past_cache=self.past_cache, pool=pool
         )
+        leaves, seconds = _timed(read)
         self._bytes_read += sum(plan.nbytes for plan in plans)
         self._seconds += seconds
         return leaves
