@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--layout", choices=("official", "safetensors"), default="official")
-    parser.add_argument("--cold", action="store_true", help="as if the model were larger than memory")
+    parser.add_argument(
+        "--cold", action="store_true", help="as if the model were larger than memory"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 256, 512])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)

@@ -22,8 +22,7 @@ from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, TensorFile
 
 _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
-_TURNED_ROWS = 256  # rows turned round at once, and more of short ones:
-_TURNED_BYTES = 1 << 22
+_TURNED_ROWS = 64  # rows turned round at once
 _AHEAD = 1 << 28  # bytes between what is read and what is called for from the disk
 
 
@@ -62,8 +61,8 @@ def fill(
     """Read every place's part of some arrays.
 
     Beyond the places' memory each of at most four threads uses a slab, of 4 MB or a row. The disk
-    is told 270 MB ahead what will be read, so that it works while processors are busy elsewhere;
-    but not if it is read past the page cache. Then there are more threads, which wait for it.
+    is told 270 MB ahead what will be read, so that it works while processors are busy elsewhere.
+    Where the page cache is passed, that is done by threads that wait for it: more than processors.
 
     **Arguments:**
 
@@ -84,9 +83,9 @@ def fill(
     one_at_a_time = threading.Lock()
     largest = max((reading.buffer_bytes for reading in readings), default=0)
 
-    def work() -> None:
+    def work(memory: np.ndarray) -> None:
         present: _Reading | None = None
-        memory, buffers = _kept_memory(largest), dict[Any, _Buffer]()
+        buffers = dict[Any, _Buffer]()
         with contextlib.ExitStack() as opened:
             while item := _next(waiting.popleft):
                 reading, slab, n_bytes = item
@@ -107,10 +106,9 @@ def fill(
                     report(n_bytes)
 
     if n_threads <= 1:  # a thread would take longer to start than a small array to read
-        work()
-        return _kept.__dict__.clear()
+        return work(_new_memory(largest))
     with contextlib.nullcontext(pool) if pool else new_pool() as its_pool:
-        threads = [its_pool.submit(work) for _ in range(n_threads)]
+        threads = [its_pool.submit(lambda: work(_kept_memory(largest))) for _ in range(n_threads)]
         try:
             wait(threads, return_when=FIRST_EXCEPTION)
         finally:
@@ -125,19 +123,20 @@ def new_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MOST_THREADS, "reading")
 
 
+def _new_memory(n_bytes: int) -> np.ndarray:
+    """Memory for so many bytes from anywhere in a file, to be read as whole pages."""
+    memory = np.empty(n_bytes + 3 * PAGE, np.uint8)
+    return memory[-memory.ctypes.data % PAGE :]
+
+
 _kept = threading.local()
 
 
 def _kept_memory(n_bytes: int) -> np.ndarray:
-    """Memory of this thread for so many bytes from anywhere in a file, to be read as whole pages.
-
-    To touch new memory takes as long as to read it.
-    """
-    memory = getattr(_kept, "memory", None)
-    if memory is None or memory.size < n_bytes + 2 * PAGE:
-        raw = np.empty(n_bytes + 3 * PAGE, np.uint8)
-        memory = _kept.memory = raw[-raw.ctypes.data % PAGE :]
-    return memory
+    """The same, of this thread: to touch new memory takes as long as to read it."""
+    if getattr(_kept, "n_bytes", -1) < n_bytes:
+        _kept.n_bytes, _kept.memory = n_bytes, _new_memory(n_bytes)
+    return _kept.memory
 
 
 def _readings(arrays: "Sequence[Wanted]") -> "list[_Reading]":
@@ -277,9 +276,9 @@ def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]
     """Every row that some part needs, once."""
     row_bytes = (1, *span.shape)[-1] * span.dtype.itemsize
     most = max(1, _SLAB // row_bytes)
-    if turned:
-        # Whole runs of rows: turning is fast where they begin at the lines of the result.
-        most = min(most, max(1, _TURNED_BYTES // (row_bytes * _TURNED_ROWS)) * _TURNED_ROWS)
+    if turned and most > _TURNED_ROWS:
+        # Turning is fast where they begin at the lines of the result.
+        most -= most % _TURNED_ROWS
     wanted = sorted({(lead, p.rows.start, p.rows.stop) for p in parts for lead in p.lead})
     return [
         _Slab(lead, slice(first, stop), start, min(most, stop - start))

@@ -60,12 +60,8 @@ class LayerReader:
             first = self._plans[0]
             small = [plan for plan in first if plan.nbytes <= _SAMPLE]
             plan = max(small or first, key=lambda plan: plan.nbytes)
-            return (
-                plan.nbytes
-                / _timed(
-                    lambda: read_leaves([plan], [new_parts(plan)], past_cache=self.past_cache)
-                )[1]
-            )
+            parts, past = [new_parts(plan)], self.past_cache
+            return plan.nbytes / _timed(lambda: read_leaves([plan], parts, past_cache=past))[1]
         return self._bytes_read / self._seconds
 
     def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
