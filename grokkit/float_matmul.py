@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
 from grokkit import cpu
-from grokkit.numerics import einsum32
+from grokkit.numerics import einsum32, of_bits
 
 _Stack = Float[Array, "*stack n k"] | UInt16[Array, "*stack n k"]
 
@@ -57,8 +57,8 @@ def sums_by_definition(
 
 
 def _some(weight: _Stack, place: Array, n: int) -> Float[Array, "matrix n k"]:
-    some = jax.lax.dynamic_slice_in_dim(weight.reshape(-1, *weight.shape[-2:]), place, n)
-    return jax.lax.bitcast_convert_type(some, jnp.bfloat16) if some.dtype == jnp.uint16 else some
+    stack = weight.reshape(-1, *weight.shape[-2:])
+    return of_bits(jax.lax.dynamic_slice_in_dim(stack, place, n))
 
 
 def _with_derivative(loops: Callable[..., Array], definition: Callable[..., Array]) -> Any:

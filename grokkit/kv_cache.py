@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from grokkit.config import GrokConfig
+from grokkit.numerics import of_bits
 from grokkit.sharding import Declaration, ParamSpec, partition_spec
 
 _KEYS = ("batch", "kv_head", "position", "d_head")
@@ -111,7 +112,7 @@ def part(
     found = jax.lax.dynamic_slice(
         buffer, (layer, 0, 0, start, 0), (1, *buffer.shape[1:3], size, buffer.shape[4])
     )[0]
-    return jax.lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == jnp.uint16 else found
+    return of_bits(found)
 
 
 def rounded(

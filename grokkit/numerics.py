@@ -35,3 +35,10 @@ def einsum32(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     if jnp.dtype(dtype) == jnp.float32:
         return widened(a, b)
     return jax.lax.platform_dependent(a, b, cpu=widened, default=direct)
+
+
+def of_bits(array: Array) -> Array:
+    """Numbers in bfloat16 where an array holds their bits as integers; any other as it is."""
+    if array.dtype != jnp.uint16:
+        return array
+    return jax.lax.bitcast_convert_type(array, jnp.bfloat16)

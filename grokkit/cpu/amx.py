@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import HAS_AMX, instruction, load, prefetch, splat
+from grokkit.cpu.instructions import HAS_AMX, instruction, load, prefetch, splat, widened
 
 CHUNK = 64
 """Entries of a row of a tile."""
@@ -170,16 +170,16 @@ def _sum_products(
 
 
 def _as_floats(builder: Any, numbers: Any, n: Any) -> Any:
-    """So many numbers in bfloat16, the upper half of a float32, and zeros."""
+    """So many numbers in bfloat16, and zeros."""
     halves, mask = ir.VectorType(ir.IntType(16), SIDE), ir.VectorType(ir.IntType(1), SIDE)
     kind = ir.FunctionType(halves, [cgutils.voidptr_t, _I32, mask, halves])
-    load = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v16i16.p0")
+    name = "llvm.masked.load.v16i16.p0"
+    masked_load = cgutils.get_or_insert_function(builder.module, kind, name)
     lanes = ir.Constant(_INTEGERS, list(range(SIDE)))
     are_there = builder.icmp_signed("<", lanes, splat(builder, builder.trunc(n, _I32), SIDE))
     zeros = ir.Constant(halves, [0] * SIDE)
-    bits = builder.call(load, [_pointer(builder, numbers), _I32(2), are_there, zeros])
-    bits = builder.shl(builder.zext(bits, _INTEGERS), ir.Constant(_INTEGERS, [16] * SIDE))
-    return builder.bitcast(bits, _FLOATS)
+    found = builder.call(masked_load, [_pointer(builder, numbers), _I32(2), are_there, zeros])
+    return widened(builder, found)
 
 
 def _add_up(builder: Any, sums: Any, scales: Any, column_scales: Any, totals: Any) -> None:

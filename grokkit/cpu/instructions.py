@@ -95,6 +95,16 @@ def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
+def widened(builder: Any, halves: Any) -> Any:
+    """Numbers in bfloat16, given as bits, as float32: they are the upper halves of these."""
+    words, floats, sixteen = _I32, _F32, 16
+    if isinstance(halves.type, ir.VectorType):
+        n = halves.type.count
+        words, floats, sixteen = ir.VectorType(_I32, n), ir.VectorType(_F32, n), [16] * n
+    bits = builder.shl(builder.zext(halves, words), ir.Constant(words, sixteen))
+    return builder.bitcast(bits, floats)
+
+
 def splat(builder: Any, number: Any, lanes: int) -> Any:
     """The number in every lane of a vector."""
     nothing = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)

@@ -81,9 +81,7 @@ def float_products(
         It is best what was last written to: what XLA reshapes or slices it may copy.
     - `place`: where in the stack the first matrix is.
     """
-    (matrices, rows, k), n = x.shape, weight.shape[-2]
-    numbers = place, _threads(rows, matrices * n * k), _entry(weight), reach
-    return _call(task.PRODUCTS, numbers, x, weight, results=((matrices, rows, n),))
+    return _with_floats(task.PRODUCTS, x, reach, weight, place, weight.shape[-2])
 
 
 def float_sums(
@@ -98,13 +96,14 @@ def float_sums(
 
     - `reach`: how many of a row's entries are taken; the others count as 0.
     """
-    (matrices, rows, k), n = x.shape, weight.shape[-1]
-    numbers = place, _threads(rows, matrices * n * k), _entry(weight), reach
-    return _call(task.SUMS, numbers, x, weight, results=((matrices, rows, n),))
+    return _with_floats(task.SUMS, x, reach, weight, place, weight.shape[-1])
 
 
-def _entry(weight: Array) -> int:
-    return task.FLOAT32 if weight.dtype == jnp.float32 else task.BFLOAT16
+def _with_floats(what: int, x: Array, reach: Array, weight: Array, place: Array, n: int) -> Array:
+    matrices, rows, k = x.shape
+    entry = task.FLOAT32 if weight.dtype == jnp.float32 else task.BFLOAT16
+    numbers = place, _threads(rows, matrices * n * k), entry, reach
+    return _call(what, numbers, x, weight, results=((matrices, rows, n),))
 
 
 def _call(

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat
+from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat, widened
 from grokkit.cpu.task import ENTRY_BYTES, FLOAT32, INT8
 
 _AHEAD = 2
@@ -120,9 +120,7 @@ class _Tile:
             return load(builder, address, _VECTOR, 4)
         if self.entry == INT8:
             return builder.sitofp(load(builder, address, ir.VectorType(_I8, LANES), 1), _VECTOR)
-        words = ir.VectorType(_I32, LANES)
-        bits = builder.zext(load(builder, address, ir.VectorType(_I16, LANES), 2), words)
-        return builder.bitcast(builder.shl(bits, ir.Constant(words, [16] * LANES)), _VECTOR)
+        return widened(builder, load(builder, address, ir.VectorType(_I16, LANES), 2))
 
     def _add_up(self, sums: Any, totals: Any, group: Any) -> None:
         """Add a group's sums, times its scales if it has any, to the totals."""
@@ -138,12 +136,11 @@ class _Tile:
                 builder.store(part, totals[j, r])
 
     def _scale(self, group: Any, output: int) -> Any:
-        """A bfloat16, the upper half of a float32, in every lane."""
+        """A scale in every lane."""
         builder = self.builder
         place = builder.add(builder.mul(group, self.n), _I64(output))
         bits = load(builder, self._at(self.scales, (place, 2)), _I16, 1)
-        bits = builder.shl(builder.zext(bits, _I32), _I32(16))
-        return splat(builder, builder.bitcast(bits, _F32), LANES)
+        return splat(builder, widened(builder, bits), LANES)
 
     def _at(self, address: Any, *steps: tuple[Any, Any]) -> Any:
         """An address so many times so many bytes on."""

@@ -111,7 +111,7 @@ def _multiply_floats(facts: Any, arguments: Any, results: Any) -> None:
     this, lists = _new_task(facts, matrices, x[_DATA], out[_DATA], k, n)
     for i in range(matrices):
         lists[0, i], lists[1, i + 1], lists[2, i] = i, rows * (i + 1), facts[_REACH + i]
-    entry_bytes = 4 if facts[_ENTRY] == task.FLOAT32 else 2
+    entry_bytes = task.ENTRY_BYTES[facts[_ENTRY]]
     this[task.WEIGHT] = weight[_DATA] + entry_bytes * facts[_PLACE] * n * k
     this[task.ENTRY], n_threads = facts[_ENTRY], facts[_THREADS]
     is_cut = facts[_WHAT] == task.PRODUCTS
