@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm.auto import tqdm
 
+from grokkit import cpu
 from grokkit.checkpoint import Checkpoint
 from grokkit.checkpoint.loading import load_planned, plan_params
 from grokkit.checkpoint.streaming import LayerReader
 from grokkit.config import GrokConfig
 from grokkit.kv_cache import KVCache
+from grokkit.layers.attention import KEY_BLOCK
 from grokkit.model import (
     Block,
     Ends,
@@ -201,7 +203,26 @@ def run_layer(
     edits: tuple[Change, ...],
 ) -> tuple[Array, KVCache | None, dict[str, Any]]:
     """`run_block`, compiled; stream and cache are used up."""
+    x = _in_large_pages(x, block.attention.config)
     return run_block(block, x, rows, cache, layer, dtype, captures, edits)
+
+
+def _in_large_pages(
+    x: Float[Array, "batch position d_model"], config: GrokConfig
+) -> Float[Array, "batch position d_model"]:
+    """See `grokkit.cpu.in_large_pages`: here a program runs once for each layer."""
+
+    def local(x: Array) -> Array:
+        heads = 2 * config.n_heads * KEY_BLOCK
+        units = 3 * config.n_experts_per_token * config.d_ff
+        parts = jax.sharding.get_abstract_mesh().shape["model"]
+        n_bytes = x.shape[0] * x.shape[1] * (heads + units) // parts * x.itemsize
+        return jax.lax.platform_dependent(
+            x, cpu=lambda x: cpu.in_large_pages(x, n_bytes), default=lambda x: x
+        )
+
+    rows = P("data", None, None)
+    return jax.shard_map(local, in_specs=rows, out_specs=rows)(x)
 
 
 @functools.partial(jax.jit, static_argnames=("last_only", "captures"))

@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.slabs import Place, Wanted, fill
-from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
+from grokkit.checkpoint.tensor_file import INT4, PAGE, ArraySpan, StackedTensors, TensorFile
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec, is_spec
 
-_ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
+_ALIGNMENT = PAGE  # XLA uses memory in place from 64 bytes on; disks want whole blocks
 
 
 def load_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh, progress: bool = True) -> PyTree:

@@ -37,7 +37,7 @@ DATA_TYPES = DTYPES | {
 _NAMES = {dtype: name for name, dtype in DATA_TYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _LARGEST_AXIS = (1 << 31) - 1
-_ALIGNMENT = 64  # bytes: where the data begins, so that mapped arrays are aligned
+_ALIGNMENT = 4096  # bytes: where the data begins, so that arrays can be mapped, and read directly
 
 _REMEDY = "download or convert the file again"
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from grokkit import cpu
-from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, TensorFile
+from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, DirectReader, TensorFile
 
 _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
@@ -93,12 +93,12 @@ def fill(
                     opened.close()
                     present, file = reading, reading.wanted.file
                     if directly := past_cache and reading.layout.is_whole:
-                        read = opened.enter_context(file.reading_past_cache())
+                        direct = opened.enter_context(file.reading_past_cache())
                     else:
                         read = opened.enter_context(file.reading())
                         buffer = reading.buffer(memory, buffers)
                 if directly:
-                    reading.take_past_cache(read, _bytes(memory), slab)
+                    reading.take_past_cache(direct, _bytes(memory), slab)
                 else:
                     ahead.call_for(slab.n * reading.layout.stride)
                     reading.take(read, buffer, slab)
@@ -185,20 +185,29 @@ class _Reading:
 
     def take(self, read: Any, buffer: "_Buffer", slab: "_Slab") -> None:
         """Read a slab and put it in its places."""
-        parts = self._parts_of(slab)
-        if len(parts) == 1 and self.layout.is_whole and not self.wanted.turned:
-            memory = parts[0].rows_of(slab)
-            if memory.flags.c_contiguous:
-                return self.layout.read_into(read, memory, slab)
+        place = self._place_as_it_is(slab)
+        if place is not None:
+            return self.layout.read_into(read, place, slab)
         rows = self.layout.read(read, buffer, slab)
-        _put(rows, parts, slab, self.columns.start, self.wanted.turned)
+        _put(rows, self._parts_of(slab), slab, self.columns.start, self.wanted.turned)
 
-    def take_past_cache(self, read: Any, memory: memoryview, slab: "_Slab") -> None:
+    def take_past_cache(self, file: DirectReader, memory: memoryview, slab: "_Slab") -> None:
         """The same, of whole rows."""
         layout = self.layout
-        found = read(memory, slab.n * layout.width, layout.start(slab))
+        place = self._place_as_it_is(slab)
+        if place is not None and file.read_into(_bytes(place), layout.start(slab)):
+            return
+        found = file.read(memory, slab.n * layout.width, layout.start(slab))
         rows = np.frombuffer(found, layout.span.dtype).reshape(slab.n, -1)
         _put(rows, self._parts_of(slab), slab, self.columns.start, self.wanted.turned)
+
+    def _place_as_it_is(self, slab: "_Slab") -> np.ndarray | None:
+        """Where a slab belongs, if it lies there just as in the file."""
+        parts = self._parts_of(slab)
+        if len(parts) > 1 or not self.layout.is_whole or self.wanted.turned:
+            return None
+        memory = parts[0].rows_of(slab)
+        return memory if memory.flags.c_contiguous else None
 
     def _parts_of(self, slab: "_Slab") -> "list[_Part]":
         return [p for p in self.parts if slab.rows == p.rows and slab.lead in p.lead]

@@ -23,6 +23,7 @@ INT4 = np.dtype(ml_dtypes.int4)
 _CALLED_FOR = 1 << 20  # bytes at once: Linux takes no notice of what is beyond some 1.3 MB
 PAGE = mmap.PAGESIZE
 """Bytes that are read at once past the page cache: no disk's blocks are larger, that we know of."""
+_BLOCK = 512  # bytes: no disk's blocks are smaller
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
 
@@ -115,27 +116,14 @@ class TensorFile:
             raise self._changed(str(e)) from e
 
     @contextlib.contextmanager
-    def reading_past_cache(self) -> Iterator[Callable[[memoryview, int, int], memoryview]]:
-        """A function that reads so many bytes from a place in the file into some of the memory that
-        it is given, and returns that part. The system's page cache is left alone, where it can be:
+    def reading_past_cache(self) -> "Iterator[DirectReader]":
+        """What reads parts of the file and leaves the system's page cache alone, where it can be:
         that spares the processor a copy.
 
-        The memory begins at a multiple of `PAGE` bytes, and has room for two more.
-
-        **Raises:** as `open`, here or from the function.
+        **Raises:** as `open`, here or from the reader.
         """
         with self.reading() as read_copy, _opened_directly(self.path) as descriptor:
-
-            def read(memory: memoryview, n_bytes: int, offset: int) -> memoryview:
-                before = offset % PAGE
-                found = memory[before : before + n_bytes]
-                if descriptor is None or not _fill_directly(
-                    descriptor, memory, before + n_bytes, offset - before
-                ):
-                    read_copy([found], n_bytes, offset)
-                return found
-
-            yield read
+            yield DirectReader(read_copy, descriptor)
 
     def call_for(self, offset: int, n_bytes: int) -> None:
         """Have the system begin to read a part of the file, where it can, without waiting for it."""
@@ -154,6 +142,41 @@ class TensorFile:
             f"the file of {self.size:,} bytes that was there when the checkpoint was opened",
             found,
             "leave the checkpoint's files alone while it is in use; open it again",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectReader:
+    """Reads parts of one file, without the page cache where that can be."""
+
+    copy: Callable[[Sequence[memoryview], int, int], None]
+    """Reads by way of the page cache."""
+    descriptor: int | None
+    """The file as it is read without; `None` where it cannot be."""
+
+    def read(self, memory: memoryview, n_bytes: int, offset: int) -> memoryview:
+        """Read so many bytes from a place in the file into some of `memory`, and return that part.
+
+        The memory begins at a multiple of `PAGE` bytes, and has room for two more.
+        """
+        before = offset % PAGE
+        found = memory[before : before + n_bytes]
+        if self.descriptor is None or not _fill_directly(
+            self.descriptor, memory, before + n_bytes, offset - before
+        ):
+            self.copy([found], n_bytes, offset)
+        return found
+
+    def read_into(self, memory: memoryview, offset: int) -> bool:
+        """Read as many bytes as there is memory straight to where they are wanted; whether that
+        could be done. Memory and file must lie alike in the disk's blocks, of which only whole ones
+        can be read."""
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        is_whole = not any(n % _BLOCK for n in (address, offset, len(memory)))
+        return (
+            is_whole
+            and self.descriptor is not None
+            and _fill_directly(self.descriptor, memory, len(memory), offset)
         )
 
 
@@ -184,8 +207,8 @@ def _opened_directly(path: Path) -> Iterator[int | None]:
 
 
 def _fill_directly(descriptor: int, memory: memoryview, n_bytes: int, offset: int) -> bool:
-    """Read at least so many bytes, whole pages at once; whether that could be done."""
-    got, whole = 0, n_bytes + -n_bytes % PAGE
+    """Read at least so many bytes, whole pages where there is memory; whether that could be done."""
+    got, whole = 0, min(n_bytes + -n_bytes % PAGE, len(memory))
     while got < n_bytes:
         try:
             more = os.preadv(descriptor, [memory[got:whole]], offset + got)

@@ -5,6 +5,7 @@ from grokkit.cpu.product import (
     float_products,
     float_sums,
     grouped_product,
+    in_large_pages,
     is_fit_for_floats,
     is_there,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "float_products",
     "float_sums",
     "grouped_product",
+    "in_large_pages",
     "is_fit_for_floats",
     "is_there",
     "turn",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt16
 
-from grokkit.cpu import few_rows, many_rows, task, whole_numbers, xla
+from grokkit.cpu import few_rows, large_pages, many_rows, task, whole_numbers, xla
 from grokkit.cpu.instructions import LANES
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -99,6 +99,21 @@ def float_sums(
     return _with_floats(task.SUMS, x, reach, weight, place, weight.shape[-1])
 
 
+def in_large_pages(x: Float[Array, "..."], n_bytes: int) -> Float[Array, "..."]:
+    """`x`, and the program's working memory in large pages, if the system has some.
+
+    **Arguments:**
+
+    - `x`: what the rest of the program begins with, in float32.
+    - `n_bytes`: how much the rest needs, or somewhat more.
+
+    The memory is asked for as a result that nobody uses: XLA puts what comes later in its place.
+    """
+    if not is_there() or n_bytes < large_pages.LEAST:
+        return x
+    return _call(task.ASKING, (), x, results=(x.shape, (n_bytes // 4,)), aliases={1: 0})
+
+
 def _with_floats(what: int, x: Array, reach: Array, weight: Array, place: Array, n: int) -> Array:
     matrices, rows, k = x.shape
     entry = task.FLOAT32 if weight.dtype == jnp.float32 else task.BFLOAT16
@@ -107,8 +122,8 @@ def _with_floats(what: int, x: Array, reach: Array, weight: Array, place: Array,
 
 
 def _call(
-    what: int, numbers: tuple[Any, ...], x: Array, weight: Array, *more: Array,
-    results: tuple[tuple[int, ...], ...],
+    what: int, numbers: tuple[Any, ...], x: Array, *more: Array,
+    results: tuple[tuple[int, ...], ...], aliases: dict[int, int] | None = None,
 ) -> Array:  # fmt: skip
     """The first of the results, of these shapes, of what `grokkit.cpu.xla` does."""
     with _ONE_AT_A_TIME:  # XLA takes one registration, and two threads may compile at once
@@ -118,8 +133,10 @@ def _call(
     facts = jnp.concatenate([jnp.ravel(jnp.asarray(n, jnp.int32)) for n in (what, *numbers)])
     facts = facts + zero.astype(jnp.int32)
     kinds = [jax.typeof(jnp.broadcast_to(zero, shape)) for shape in results]
-    call = jax.ffi.ffi_call(xla.TARGET, kinds, vmap_method="sequential")
-    return call(facts, x, weight, *more)[0]
+    call = jax.ffi.ffi_call(
+        xla.TARGET, kinds, vmap_method="sequential", input_output_aliases=aliases
+    )
+    return call(facts, x, *more)[0]
 
 
 def _most_blocks(rows: int, matrices: int, whole: bool, group: int) -> int:

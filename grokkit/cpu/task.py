@@ -12,9 +12,9 @@ X, WEIGHT, SCALES, OUT, PACKED, K, GROUPS, N, ROUNDED, WHOLE = range(10)
 MATRICES, MATRIX, ROWS, BLOCKS, WHAT, PIECES, ENTRY, REACH = range(10, 18)
 SIZE = 18
 
-MULTIPLYING, PACKING, PRODUCTS, SUMS = range(4)
+MULTIPLYING, PACKING, PRODUCTS, SUMS, ASKING = range(5)
 """What is done: 8-bit matrices are multiplied, or their rows packed; matrices of floats are
-multiplied, or their rows added."""
+multiplied, or their rows added; or, by one thread at once, the system is asked for large pages."""
 
 INT8, FLOAT32, BFLOAT16 = range(3)
 """What a matrix's entries are."""

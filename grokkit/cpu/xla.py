@@ -16,6 +16,7 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu import few_rows, loops, task, threads, whole_numbers
 from grokkit.cpu.instructions import LANES, called_from_c, compiled, pointer, words
+from grokkit.cpu.large_pages import ask_for_large_pages
 
 TARGET = "grokkit_product"
 
@@ -127,6 +128,9 @@ def _run(frame: Any) -> None:
     facts = carray(pointer(numbers[_DATA]), (size,), np.int32)
     if facts[_WHAT] == task.MULTIPLYING:
         _multiply(facts, arguments, results)
+    elif facts[_WHAT] == task.ASKING:
+        room = words(results[1], _BUFFER_SIZE)
+        ask_for_large_pages(room[_DATA], 4 * words(room[_SIZES], 1)[0])
     else:
         _multiply_floats(facts, arguments, results)
 

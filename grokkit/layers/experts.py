@@ -76,7 +76,7 @@ def grouped(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) 
     """`expert_outputs` of 8-bit matrices, by products of rows that are grouped by expert.
     Differentiable in `x`, at the cost of `plain`."""
     # As in quantised_matmul: of the type of what varies over devices as the weights do.
-    x = x + 0 * jax.tree.leaves(experts)[0].reshape(-1)[0].astype(x.dtype)
+    x = x + (0 * jax.tree.leaves(experts)[0].reshape(-1)[0]).astype(x.dtype)
     return _grouped(x, chosen, experts, jnp.dtype(dtype))
 
 

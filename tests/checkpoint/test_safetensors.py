@@ -188,7 +188,7 @@ def test_stand_ins(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (struct.pack("<Q", 1 << 60) + b"{}", "a header of 1,152,921,504,606,846,976 bytes"),
         (b'\x20\0\0\0\0\0\0\0{"a":1,"a":2}                   ', "a name twice"),
-        (encode_header({"a": (np.dtype("f4"), (2,))}, {}), "found: 128 bytes"),
+        (encode_header({"a": (np.dtype("f4"), (2,))}, {}), "found: 4,096 bytes"),
     ]:
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as e:
@@ -235,7 +235,7 @@ def test_opened_as_the_original(converted, golden):
     original, checkpoint = open_checkpoint(golden), open_checkpoint(converted)
     assert checkpoint.config == original.config
     assert [e.key for e in checkpoint] == [e.key for e in original]
-    assert "  5 safetensors files, 2,196,736 bytes, 1,942,592 parameters" in repr(checkpoint)
+    assert "  5 safetensors files, 2,206,976 bytes, 1,942,592 parameters" in repr(checkpoint)
     assert checkpoint.layout == "safetensors"
     specs, mesh = param_specs(original.config), make_mesh(2, 4)
     assert stored_specs(checkpoint, specs) == specs

@@ -424,13 +424,23 @@ def pages(n):
 
 
 def check_reading_past_cache(file, expected):
-    with file.reading_past_cache() as read:
+    with file.reading_past_cache() as reader:
         for offset, n in ((0, 10), (150, PAGE), (PAGE, PAGE), (PAGE - 1, 2), (0, len(expected))):
-            assert read(pages(5), n, offset) == expected[offset : offset + n]
+            assert reader.read(pages(5), n, offset) == expected[offset : offset + n]
         end = len(expected) - 7
-        assert read(pages(5), 7, end) == expected[end:]
+        assert reader.read(pages(5), 7, end) == expected[end:]
         with pytest.raises(CheckpointError, match="ended early"):
-            read(pages(5), 8, end)
+            reader.read(pages(5), 8, end)
+        # Straight to where it is wanted, if it can be; else nothing is.
+        memory = pages(2)
+        if reader.read_into(memory[: PAGE + 512], 512):
+            assert memory[: PAGE + 512] == expected[512 : PAGE + 1024]
+            memory[:] = bytes(2 * PAGE)
+        assert not reader.read_into(memory[: PAGE + 511], 512)
+        assert not reader.read_into(memory[:PAGE], 511)
+        assert not reader.read_into(memory[1 : PAGE + 1], 512)
+        assert not any(memory)
+        assert not reader.read_into(memory, len(expected) // 512 * 512 - PAGE)  # beyond the end
 
 
 def test_any_part_of_a_file_can_be_read_past_the_page_cache(three_pages):
@@ -468,8 +478,11 @@ def test_a_direct_read_that_gives_less_than_it_is_asked_for(three_pages, monkeyp
 
     monkeypatch.setattr(os, "preadv", less)
     file, expected = three_pages
-    with file.reading_past_cache() as read:
-        assert read(pages(5), 2 * PAGE + 100, 50) == expected[50 : 2 * PAGE + 150]
+    with file.reading_past_cache() as reader:
+        assert reader.read(pages(5), 2 * PAGE + 100, 50) == expected[50 : 2 * PAGE + 150]
+        memory = pages(2)
+        assert reader.read_into(memory, 512) == (reader.descriptor is not None)
+        assert reader.descriptor is None or memory == expected[512 : 2 * PAGE + 512]
 
 
 def test_what_is_read_past_the_page_cache_is_not_in_it(three_pages):
@@ -489,8 +502,9 @@ def test_what_is_read_past_the_page_cache_is_not_in_it(three_pages):
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if is_cached():
         pytest.skip("this file system keeps its files in memory")
-    with file.reading_past_cache() as read:
-        read(pages(5), len(expected), 0)
+    with file.reading_past_cache() as reader:
+        reader.read(pages(5), len(expected), 0)
+        assert reader.read_into(pages(2), PAGE)
     assert not is_cached()
     with file.reading() as read:
         read([pages(5)[: len(expected)]], len(expected), 0)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from grokkit.checkpoint import slabs, write_tensor
-from grokkit.checkpoint.tensor_file import read_tensor
+from grokkit.checkpoint.loading import HostPart
+from grokkit.checkpoint.tensor_file import (
+    PAGE,
+    ArraySpan,
+    DirectReader,
+    TensorFile,
+    read_tensor,
+)
 from grokkit.cpu import is_there, turn
 from grokkit.errors import CheckpointError
 
@@ -69,6 +76,26 @@ def test_slabs_of_any_size_by_several_threads(matrices, turned, rows, past_cache
     for place in places:
         part = weight[place.index]
         assert np.array_equal(place.memory, part.swapaxes(-1, -2) if turned else part)
+
+
+@pytest.mark.parametrize(("start", "is_direct"), [(PAGE, True), (PAGE + 64, False)])
+def test_past_the_page_cache_whole_blocks_go_straight_to_where_they_belong(
+    start, is_direct, tmp_path, monkeypatch
+):
+    values, offset = entries(8, 1024), start
+    (tmp_path / "file").write_bytes(bytes(offset) + values.tobytes())
+    span = ArraySpan(np.dtype(np.int8), (8, 1024), offset)
+    file = TensorFile(tmp_path / "file", offset + values.nbytes, span)
+    with file.reading_past_cache() as reader:
+        if reader.descriptor is None:
+            pytest.skip("this system, or this file system, has no reading past the page cache")
+    detours, read = [], DirectReader.read
+    monkeypatch.setattr(DirectReader, "read", lambda *a: detours.append(1) or read(*a))
+    memory = HostPart(jax.devices()[0], (8, 1024), np.dtype(np.int8)).memory
+    place = slabs.Place((slice(0, 8), slice(0, 1024)), memory, jax.devices()[0])
+    slabs.fill([slabs.Wanted(file, span, False, [place])], past_cache=True)
+    assert np.array_equal(memory, values)
+    assert (not detours) == is_direct
 
 
 def test_a_thread_that_fails_ends_the_others(matrices, monkeypatch):
