@@ -1,9 +1,13 @@
 """A model whose layers stay on disk gives what the one in memory gives."""
 
+import collections
+import dataclasses
 import json
+import mmap
 import shutil
 import threading
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +23,7 @@ from grokkit.analysis.grids import Experts, Heads, Positions
 from grokkit.analysis.lens import logit_lens
 from grokkit.analysis.patching import attribution_patch, patch
 from grokkit.batching import ContinuousBatch
-from grokkit.checkpoint import loading, open_checkpoint, save_params, streaming
+from grokkit.checkpoint import loading, mapped, open_checkpoint, save_params, streaming
 from grokkit.checkpoint.loading import plan_params
 from grokkit.checkpoint.streaming import LayerReader
 from grokkit.checkpoint.tensor_file import TensorFile
@@ -349,7 +353,7 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
         del block, leaf, stack
     assert i == 11 and max(alive) <= 2
     if part is loading.HostPart:  # the same memory, over and over
-        kept = [p for slot in reader._parts for leaf in slot for p in leaf.values()]
+        kept = [p for slot in reader._parts for leaf in slot.values() for p in leaf.values()]
         read = sum(plan.nbytes for layer in reader._plans for plan in layer)
         assert sum(p.memory.nbytes for p in kept) < 2.5 * read / reader.n_layers
 
@@ -429,3 +433,108 @@ def test_a_file_that_goes_is_named(golden_dir, tmp_path, tokens):
     (tmp_path / "tiny" / "ckpt-0" / "tensor00026_000").unlink()
     with pytest.raises(CheckpointError, match=r"tensor00026_000\n.*was there when the checkpoint"):
         lm(tokens)
+
+
+# Pages of the files themselves
+
+
+@pytest.fixture(scope="module")
+def converted(golden_dir, tmp_path_factory):
+    """tiny in grokkit's own layout, where arrays lie as the model holds them."""
+    target = tmp_path_factory.mktemp("converted") / "tiny"
+    grokkit.convert(golden_dir, target, progress=False)
+    return target
+
+
+def reader_of(directory, n_devices=1):
+    checkpoint = open_checkpoint(directory)
+    specs = param_specs(checkpoint.config)
+    return LayerReader(plan_params(checkpoint, specs, grokkit.make_mesh(1, n_devices)).blocks)
+
+
+def resident_bytes(directory):
+    """How much of a directory's files this process has mapped in, by address."""
+    found, start, counts = {}, 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first:
+            start, counts = int(first.split("-")[0], 16), str(directory) in line
+        elif counts and first == "Rss:":
+            found[start] = 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_layers_from_the_page_cache_are_those_that_are_copied(converted, n_devices):
+    reader, copying = reader_of(converted, n_devices), reader_of(converted, n_devices)
+    copying.past_cache = True
+    for backwards in (False, True):
+        for layer, other in zip(
+            reader.layers(backwards=backwards), copying.layers(backwards=backwards), strict=True
+        ):
+            jax.tree.map(np.testing.assert_array_equal, layer, other)
+            assert jax.tree.map(jnp.shape, layer) == jax.tree.map(jnp.shape, reader.abstract())
+            for leaf, like in zip(*map(jax.tree.leaves, (layer, reader.abstract())), strict=True):
+                assert leaf.sharding == like.sharding
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is mapped")
+def test_one_device_uses_the_files_pages_of_two_layers_at_most(converted):
+    reader, seen = reader_of(converted), []
+    of_a_layer = reader.nbytes / reader.n_layers
+    for layer in reader.layers():
+        jax.block_until_ready(layer)
+        there = resident_bytes(converted)
+        seen.append(sum(there.values()))
+        stretches = [(s, s + size) for s, size in there.items()]
+        inside = [
+            any(a <= leaf.unsafe_buffer_pointer() < b for a, b in stretches)
+            for leaf in jax.tree.leaves(layer)
+        ]
+        assert all(inside)  # nothing was copied
+        assert not any(reader._parts)
+    pages = 2 * 2 * mmap.PAGESIZE * len(inside)  # an array begins and ends within a page
+    assert of_a_layer <= max(seen) <= 2 * of_a_layer + pages
+
+
+def test_a_streamed_model_of_mapped_layers_gives_what_the_resident_one_gives(converted, tokens):
+    mesh = grokkit.make_mesh(1, 1)
+    lm, streamed = (
+        grokkit.load(converted, mesh, "float32", progress=False, stream=stream)
+        for stream in (False, True)
+    )
+    (logits, cache), (found, found_cache) = (
+        model.run_with_cache(tokens, "expert_indices") for model in (lm, streamed)
+    )
+    assert relative_error(found, logits) < CLOSE
+    np.testing.assert_array_equal(found_cache["expert_indices"], cache["expert_indices"])
+
+
+def test_a_mapped_file_that_changes_is_named(converted, tmp_path, tokens):
+    shutil.copytree(converted, tmp_path / "tiny")
+    lm = grokkit.load(tmp_path / "tiny", grokkit.make_mesh(1, 1), "float32", False, stream=True)
+    lm(tokens)
+    shard = max((tmp_path / "tiny").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes() + b"more")
+    with pytest.raises(CheckpointError, match=rf"{shard.name}\n.*was there when the checkpoint"):
+        lm(tokens)
+
+
+@pytest.mark.parametrize("what", ["turned", "other dtype", "unaligned", "cut", "accelerator"])
+def test_what_cannot_be_used_where_it_lies(converted, golden_dir, what, monkeypatch):
+    reader = reader_of(golden_dir if what == "turned" else converted, 2 if what == "cut" else 1)
+    plans = jax.tree.unflatten(reader._treedef, reader._plans[3])
+    plan = plans.moe.out.weight  # two devices share its last axis
+    source = plan.sources[0]
+    if what == "other dtype":
+        plan = dataclasses.replace(plan, dtype=np.dtype(np.float32))
+    if what == "unaligned":
+        span = dataclasses.replace(source.span, offset=source.span.offset + 8)
+        plan = dataclasses.replace(plan, sources=(dataclasses.replace(source, span=span),))
+    if what == "accelerator":
+        gpu = collections.namedtuple("Device", "platform")("gpu")
+        monkeypatch.setattr(mapped, "_places", lambda plan: {gpu: (slice(None),) * len(plan.shape)})
+    assert not mapped.can_be_mapped(plan)
+    monkeypatch.undo()
+    whole = jax.tree.leaves(reader_of(converted)._plans[3])
+    assert all(map(mapped.can_be_mapped, whole))

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from grokkit import cpu
+from grokkit.checkpoint.ahead import Ahead, Piece
 from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, DirectReader, TensorFile
 
 _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
 _TURNED_ROWS = 64  # rows turned round at once
-_AHEAD = 1 << 28  # bytes between what is read and what is called for from the disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,11 @@ def fill(
     """
     readings = _readings(arrays)
     waiting = collections.deque(item for reading in readings for item in reading.items())
-    ahead = _Ahead([] if past_cache else [*readings, *_readings(then)])
-    ahead.call_for(_AHEAD)
+    ahead = Ahead(
+        piece
+        for reading in ([] if past_cache else [*readings, *_readings(then)])
+        for piece in reading.pieces()
+    )
     n_threads = min(len(waiting), MOST_THREADS if past_cache else min(cpu.cores(), MOST_THREADS))
     one_at_a_time = threading.Lock()
     largest = max((reading.buffer_bytes for reading in readings), default=0)
@@ -183,6 +186,14 @@ class _Reading:
         done = [total * i // n for i in range(n + 1)]
         return [(self, slab, done[i + 1] - done[i]) for i, slab in enumerate(self.slabs)]
 
+    def pieces(self) -> "list[Piece]":
+        """What will be read of the file. Rows of which only some columns are read lie too far
+        apart to be named."""
+        if not self.layout.is_whole:
+            return []
+        file, layout = self.wanted.file, self.layout
+        return [(file, layout.start(slab), slab.n * layout.stride) for slab in self.slabs]
+
     def take(self, read: Any, buffer: "_Buffer", slab: "_Slab") -> None:
         """Read a slab and put it in its places."""
         place = self._place_as_it_is(slab)
@@ -214,26 +225,6 @@ class _Reading:
 
 
 _Item = tuple[_Reading, "_Slab", int]
-
-
-class _Ahead:
-    """Calls for slabs from the disk, in the order in which they will be read."""
-
-    def __init__(self, readings: Sequence[_Reading]) -> None:
-        # Rows of which only some columns are read lie too far apart.
-        self._waiting = collections.deque(
-            (reading.wanted.file, reading.layout.start(slab), slab.n * reading.layout.stride)
-            for reading in readings
-            if reading.layout.is_whole
-            for slab in reading.slabs
-        )
-
-    def call_for(self, n_bytes: int) -> None:
-        """Call for at least so many bytes more."""
-        while n_bytes > 0 and (item := _next(self._waiting.popleft)):
-            file, offset, size = item
-            file.call_for(offset, size)
-            n_bytes -= size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax
 from jaxtyping import PyTree
 
 from grokkit.checkpoint import slabs
-from grokkit.checkpoint.loading import LeafPlan, new_parts, read_leaves
+from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
+from grokkit.checkpoint.mapped import MappedLeaves, can_be_mapped
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -23,7 +24,8 @@ class LayerReader:
     """Gives the layers of a stack that stays on disk, at most two of them in memory at a time.
 
     On a CPU both layers' memory is made once and used again, so that a layer must not be used
-    any more when the next is asked for.
+    any more when the next is asked for. What lies in the page cache as the model holds it, as one
+    device's layers of a converted checkpoint do, is used there, and not copied.
     """
 
     def __init__(self, plans: PyTree) -> None:
@@ -38,7 +40,8 @@ class LayerReader:
         self._plans: list[list[LeafPlan]] = [
             [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
         ]
-        self._parts: list[Any] = [None, None]
+        self._parts: list[dict[int, Parts]] = [{}, {}]
+        self._mapped: list[MappedLeaves | None] = [None, None]
         self.past_cache = self.nbytes > _KEPT * _physical_memory()
         """Whether files are read past the page cache, which would not keep them until the next
         pass."""
@@ -116,24 +119,44 @@ class LayerReader:
 
     def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
         """One layer; the other is the one that will be read after it."""
-        plans, parts = self._plans[layer], self._parts_of(layer)
-        if then is None or self.past_cache:
-            after = ([], [])
-        else:
-            after = (self._plans[then], self._parts_of(then))
-        read = functools.partial(
-            read_leaves, plans, parts, then=after, past_cache=self.past_cache, pool=pool
-        )
+        if before := self._mapped[layer % 2]:
+            before.let_go()
+        then = None if self.past_cache else then  # nobody would be told
+        (mapped, copied), (mapped_then, copied_then) = self._ways(layer), self._ways(then)
+
+        def read() -> list[Any]:
+            pages = MappedLeaves([*mapped.values()], [*mapped_then.values()])
+            self._mapped[layer % 2] = pages
+            leaves = dict(zip(mapped, pages.arrays, strict=True))
+            pages.arrays = []  # only who uses the layer holds on to it
+            arrays = read_leaves(
+                [*copied.values()], self._parts_of(layer, copied),
+                then=([*copied_then.values()], self._parts_of(then, copied_then)),
+                past_cache=self.past_cache, pool=pool,
+            )  # fmt: skip
+            leaves |= zip(copied, arrays, strict=True)
+            return [leaves[i] for i in range(len(leaves))]
+
         leaves, seconds = _timed(read)
-        self._bytes_read += sum(plan.nbytes for plan in plans)
+        self._bytes_read += sum(plan.nbytes for plan in self._plans[layer])
         self._seconds += seconds
         return leaves
 
-    def _parts_of(self, layer: int) -> Any:
-        """The memory for a layer, which every other one shares."""
-        if self._parts[layer % 2] is None:
-            self._parts[layer % 2] = [new_parts(plan) for plan in self._plans[layer]]
-        return self._parts[layer % 2]
+    def _ways(self, layer: int | None) -> tuple[dict[int, LeafPlan], dict[int, LeafPlan]]:
+        """Which of a layer's leaves are used where they lie in the page cache, and which copied."""
+        plans = {} if layer is None else dict(enumerate(self._plans[layer]))
+        mapped = {i: p for i, p in plans.items() if not self.past_cache and can_be_mapped(p)}
+        return mapped, {i: p for i, p in plans.items() if i not in mapped}
+
+    def _parts_of(self, layer: int | None, leaves: Iterable[int]) -> list[Parts]:
+        """The memory for some leaves of a layer, which every other one shares."""
+        if layer is None:
+            return []
+        kept = self._parts[layer % 2]
+        for i in leaves:
+            if i not in kept:
+                kept[i] = new_parts(self._plans[layer][i])
+        return [kept[i] for i in leaves]
 
 
 def _physical_memory() -> int:
