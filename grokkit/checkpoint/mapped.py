@@ -5,6 +5,7 @@ That is possible on CPU devices, for what lies in a file just as the model holds
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -104,10 +105,15 @@ def _advise(pages: np.ndarray, advice: int) -> int:
     leaves other threads alone."""
     if os.name != "posix":
         return errno.EINVAL
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    failed = madvise(pages.ctypes.data, pages.nbytes, advice)
+    failed = _madvise()(pages.ctypes.data, pages.nbytes, advice)
     return ctypes.get_errno() if failed else 0
+
+
+@functools.cache
+def _madvise() -> Any:
+    found = ctypes.CDLL(None, use_errno=True).madvise
+    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return found
 
 
 def _piece(plan: LeafPlan) -> Piece:

@@ -232,7 +232,7 @@ def test_too_little_space(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError) as e:
         convert(golden, tmp_path / "x", progress=False)
-    assert "expected: 3,241,088 bytes free\n  found: 3,000,000\n" in str(e.value)
+    assert "expected: 3,243,264 bytes free\n  found: 3,000,000\n" in str(e.value)
     assert left(tmp_path) == []
 
 
