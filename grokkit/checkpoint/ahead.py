@@ -5,8 +5,7 @@ from collections.abc import Iterable
 
 from grokkit.checkpoint.tensor_file import TensorFile
 
-AHEAD = 1 << 28
-"""Bytes between what is read and what is called for from the disk."""
+_AHEAD = 1 << 28  # bytes between what is read and what is called for from the disk
 
 Piece = tuple[TensorFile, int, int]
 """A part of a file: where it begins, and how many bytes it has."""
@@ -17,7 +16,7 @@ class Ahead:
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._waiting = collections.deque(pieces)
-        self.call_for(AHEAD)
+        self.call_for(_AHEAD)
 
     def call_for(self, n_bytes: int) -> None:
         """Call for at least so many bytes more."""

@@ -6,7 +6,6 @@ That is possible on CPU devices, for what lies in a file just as the model holds
 import ctypes
 import errno
 import functools
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import Array
 
 from grokkit.checkpoint.ahead import Ahead, Piece
 from grokkit.checkpoint.loading import LeafPlan
-from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, TensorFile
+from grokkit.checkpoint.tensor_file import PAGE, TensorFile
 
 _ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
 _AT_ONCE = 1 << 26  # bytes between calls for more from the disk
@@ -51,62 +50,61 @@ def _is_stretch(plan: LeafPlan, index: tuple[slice, ...]) -> bool:
     return offset % _ALIGNMENT == 0 and all(len(r) == 1 for r in ranges[:last_cut])
 
 
-class MappedLeaves:
-    """Some leaves as pages of their files, there until they are let go."""
+def map_leaves(
+    plans: Sequence[LeafPlan], then: Sequence[LeafPlan] = ()
+) -> tuple[list[Array], list[np.ndarray]]:
+    """Some leaves as pages of their files, which are in memory, if it has the room.
 
-    def __init__(self, plans: Sequence[LeafPlan], then: Sequence[LeafPlan] = ()) -> None:
-        """Read them: their pages are in memory, if it has the room, when this returns.
+    **Arguments:**
 
-        **Arguments:**
+    - `plans`: as `can_be_mapped` wants.
+    - `then`: what will be read next: the disk is told of its beginning.
 
-        - `plans`: as `can_be_mapped` wants.
-        - `then`: what will be read next: the disk is told of its beginning.
+    **Returns:** the leaves, and the files' arrays, to `let_go` of.
 
-        **Raises:** `CheckpointError` if a file is gone or has changed since its header was read;
-        `OSError` if it cannot be read.
-        """
-        self._mappings: list[mmap.mmap] = []
-        self.arrays: list[Array] = []
-        """The leaves, until `let_go`."""
-        ahead = Ahead(_piece(plan) for plan in [*plans, *then])
-        for plan in plans:
-            file, span = _source(plan)
-            mapping, values = file.map(span)
-            self._mappings.append(mapping)
-            parts = [jax.device_put(values[i], device) for device, i in _places(plan).items()]
-            self.arrays.append(
-                jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, parts)
-            )
-            for pages in _stretches(mapping):
-                ahead.call_for(pages.size)
-                failed = _advise(pages, _MADV_POPULATE_READ)
-                if failed == errno.EINVAL:  # not known here
-                    np.bitwise_or.reduce(pages[::PAGE])
-                elif failed:
-                    raise OSError(failed, os.strerror(failed), str(file.path))
-
-    def let_go(self) -> None:
-        """Give the pages back: the system may keep them, but they do not count as this process's
-        memory any more. To use the arrays is to read them again."""
-        self.arrays = []
-        for mapping in self._mappings:
-            for pages in _stretches(mapping):
-                _advise(pages, _MADV_DONTNEED)
-        self._mappings = []
+    **Raises:** `CheckpointError` if a file is gone or has changed since its header was read;
+    `OSError` if it cannot be read.
+    """
+    leaves, mapped = [], []
+    ahead = Ahead(_piece(plan) for plan in [*plans, *then])
+    for plan in plans:
+        source = plan.sources[0]
+        values = np.asarray(source.file.open(source.span))
+        mapped.append(values)
+        parts = [jax.device_put(values[i], device) for device, i in _places(plan).items()]
+        leaves.append(jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, parts))
+        for address, size in _stretches(values):
+            ahead.call_for(size)
+            failed = _advise(address, size, _MADV_POPULATE_READ)
+            if failed == errno.EINVAL:  # not known here
+                first = max(0, address - values.ctypes.data)
+                np.bitwise_or.reduce(values.reshape(-1).view(np.uint8)[first:][:size:PAGE])
+            elif failed:
+                raise OSError(failed, os.strerror(failed), str(source.file.path))
+    return leaves, mapped
 
 
-def _stretches(mapping: mmap.mmap) -> list[np.ndarray]:
-    pages = np.frombuffer(mapping, np.uint8)
-    return [pages[start : start + _AT_ONCE] for start in range(0, pages.size, _AT_ONCE)]
+def let_go(mapped: Sequence[np.ndarray]) -> None:
+    """Give pages back: the system may keep them, but they do not count as this process's memory
+    any more. To use the arrays is to read them again."""
+    for values in mapped:
+        for address, size in _stretches(values):
+            _advise(address, size, _MADV_DONTNEED)
 
 
-def _advise(pages: np.ndarray, advice: int) -> int:
+def _stretches(values: np.ndarray) -> list[tuple[int, int]]:
+    """Addresses and sizes of the pages of an array."""
+    start, end = values.ctypes.data, values.ctypes.data + values.nbytes
+    start -= start % PAGE
+    return [(at, min(_AT_ONCE, end - at)) for at in range(start, end, _AT_ONCE)]
+
+
+def _advise(address: int, n_bytes: int, advice: int) -> int:
     """Tell the system what to do with pages; 0, or the error's number. Unlike `mmap.madvise` it
     leaves other threads alone."""
     if os.name != "posix":
         return errno.EINVAL
-    failed = _madvise()(pages.ctypes.data, pages.nbytes, advice)
-    return ctypes.get_errno() if failed else 0
+    return ctypes.get_errno() if _madvise()(address, n_bytes, advice) else 0
 
 
 @functools.cache
@@ -117,11 +115,5 @@ def _madvise() -> Any:
 
 
 def _piece(plan: LeafPlan) -> Piece:
-    file, span = _source(plan)
-    return file, span.offset, span.nbytes
-
-
-def _source(plan: LeafPlan) -> tuple[TensorFile, ArraySpan]:
-    (source,) = plan.sources
-    assert isinstance(source.file, TensorFile)
-    return source.file, source.span
+    source: Any = plan.sources[0]
+    return source.file, source.span.offset, source.span.nbytes

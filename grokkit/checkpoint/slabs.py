@@ -196,25 +196,25 @@ class _Reading:
 
     def take(self, read: Any, buffer: "_Buffer", slab: "_Slab") -> None:
         """Read a slab and put it in its places."""
-        place = self._place_as_it_is(slab)
+        parts = self._parts_of(slab)
+        place = self._place_as_it_is(slab, parts)
         if place is not None:
             return self.layout.read_into(read, place, slab)
         rows = self.layout.read(read, buffer, slab)
-        _put(rows, self._parts_of(slab), slab, self.columns.start, self.wanted.turned)
+        _put(rows, parts, slab, self.columns.start, self.wanted.turned)
 
     def take_past_cache(self, file: DirectReader, memory: memoryview, slab: "_Slab") -> None:
         """The same, of whole rows."""
-        layout = self.layout
-        place = self._place_as_it_is(slab)
+        layout, parts = self.layout, self._parts_of(slab)
+        place = self._place_as_it_is(slab, parts)
         if place is not None and file.read_into(_bytes(place), layout.start(slab)):
             return
         found = file.read(memory, slab.n * layout.width, layout.start(slab))
         rows = np.frombuffer(found, layout.span.dtype).reshape(slab.n, -1)
-        _put(rows, self._parts_of(slab), slab, self.columns.start, self.wanted.turned)
+        _put(rows, parts, slab, self.columns.start, self.wanted.turned)
 
-    def _place_as_it_is(self, slab: "_Slab") -> np.ndarray | None:
+    def _place_as_it_is(self, slab: "_Slab", parts: "list[_Part]") -> np.ndarray | None:
         """Where a slab belongs, if it lies there just as in the file."""
-        parts = self._parts_of(slab)
         if len(parts) > 1 or not self.layout.is_whole or self.wanted.turned:
             return None
         memory = parts[0].rows_of(slab)

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from grokkit.checkpoint import slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
-from grokkit.checkpoint.mapped import MappedLeaves, can_be_mapped
+from grokkit.checkpoint.mapped import can_be_mapped, let_go, map_leaves
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -41,7 +42,8 @@ class LayerReader:
             [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
         ]
         self._parts: list[dict[int, Parts]] = [{}, {}]
-        self._mapped: list[MappedLeaves | None] = [None, None]
+        self._can_be_mapped = [[can_be_mapped(plan) for plan in layer] for layer in self._plans]
+        self._mapped: list[list[np.ndarray]] = [[], []]
         self.past_cache = self.nbytes > _KEPT * _physical_memory()
         """Whether files are read past the page cache, which would not keep them until the next
         pass."""
@@ -119,16 +121,14 @@ class LayerReader:
 
     def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
         """One layer; the other is the one that will be read after it."""
-        if before := self._mapped[layer % 2]:
-            before.let_go()
+        let_go(self._mapped[layer % 2])
         then = None if self.past_cache else then  # nobody would be told
         (mapped, copied), (mapped_then, copied_then) = self._ways(layer), self._ways(then)
 
         def read() -> list[Any]:
-            pages = MappedLeaves([*mapped.values()], [*mapped_then.values()])
+            arrays, pages = map_leaves([*mapped.values()], [*mapped_then.values()])
             self._mapped[layer % 2] = pages
-            leaves = dict(zip(mapped, pages.arrays, strict=True))
-            pages.arrays = []  # only who uses the layer holds on to it
+            leaves = dict(zip(mapped, arrays, strict=True))
             arrays = read_leaves(
                 [*copied.values()], self._parts_of(layer, copied),
                 then=([*copied_then.values()], self._parts_of(then, copied_then)),
@@ -144,9 +144,13 @@ class LayerReader:
 
     def _ways(self, layer: int | None) -> tuple[dict[int, LeafPlan], dict[int, LeafPlan]]:
         """Which of a layer's leaves are used where they lie in the page cache, and which copied."""
-        plans = {} if layer is None else dict(enumerate(self._plans[layer]))
-        mapped = {i: p for i, p in plans.items() if not self.past_cache and can_be_mapped(p)}
-        return mapped, {i: p for i, p in plans.items() if i not in mapped}
+        if layer is None:
+            return {}, {}
+        ways: tuple[dict[int, LeafPlan], dict[int, LeafPlan]] = {}, {}
+        for i, plan in enumerate(self._plans[layer]):
+            is_copied = self.past_cache or not self._can_be_mapped[layer][i]
+            ways[is_copied][i] = plan
+        return ways
 
     def _parts_of(self, layer: int | None, leaves: Iterable[int]) -> list[Parts]:
         """The memory for some leaves of a layer, which every other one shares."""

@@ -94,26 +94,6 @@ class TensorFile:
             found = str(e)
         raise self._changed(found)
 
-    def map(self, span: ArraySpan) -> tuple[mmap.mmap, np.ndarray]:
-        """One of `spans`, not of 4-bit integers, as a read-only memory map; and the map, of whole
-        pages.
-
-        **Raises:** as `open`.
-        """
-        first = span.offset - span.offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != self.size:
-                    raise self._changed(f"{size:,} bytes")
-                length = span.offset + span.nbytes - first
-                mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=first)
-        except (OSError, ValueError) as e:
-            raise self._changed(str(e)) from e
-        entries = math.prod(span.shape)
-        found = np.frombuffer(mapping, span.dtype, entries, span.offset - first)
-        return mapping, found.reshape(span.shape)
-
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[Sequence[memoryview], int, int], None]]:
         """A function that fills buffers, so many bytes in all, from a place in the file.
