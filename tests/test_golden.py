@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import relative_error
+from helpers import forward, relative_error
 
 import grokkit
 from grokkit.generate import Sampling, generate_tokens
@@ -47,19 +47,42 @@ def official_error(golden_arrays):
     return relative_error(golden_arrays["logits"], golden_arrays["exact_logits"])
 
 
-def test_bfloat16_model_is_no_further_off_than_the_official_code(golden_dir, golden_arrays):
-    """At the median position: where rounding sends one token to another expert, as it does in a few
-    of 456 cases here and there, the logits of that position are off by more than all the others'."""
+class Rounding(np.ndarray):
+    """A matrix that rounds what is multiplied with it to bfloat16."""
+
+    def __rmatmul__(self, x):
+        rounded = np.asarray(x).astype(jnp.bfloat16).astype(np.float64)
+        return rounded @ np.asarray(self)
+
+
+def test_bfloat16_model_is_off_by_no_more_than_its_operands_rounding(
+    golden_dir, golden_weights, golden_arrays, lm8
+):
+    """Where rounding sends one token to another expert, as it does in a few of 456 cases here and
+    there, that position is off by more than all the others: so this is about medians. The official
+    code's are two thirds of what its own roundings to bfloat16 would make them, since XLA on a CPU
+    leaves most of them out."""
     lm = grokkit.load(golden_dir, mesh=grokkit.make_mesh(1, 8), dtype="bfloat16", progress=False)
     assert lm.model.dtype == jnp.bfloat16
-    exact = golden_arrays["exact_logits"]
+    out = forward(lm.model, lm.mesh, golden_arrays["tokens"], ["router_probs"])
+    found = {"logits": out.logits, "router_probs": out.captured["router_probs"]}
+    in_float32 = ("router", "in_out_embed", "norm")
+    weights = {
+        name: w if any(part in name for part in in_float32) else w.view(Rounding)
+        for name, w in golden_weights.items()
+    }
+    rounded = reference.forward(weights, lm8.config, golden_arrays["tokens"])
 
-    def median_error(logits):
-        off = np.linalg.norm(np.asarray(logits, np.float64) - exact, axis=-1)
-        return np.median(off / np.linalg.norm(exact, axis=-1))
+    for site, values in found.items():
+        exact = golden_arrays[EXACT[site]]
 
-    error = median_error(lm(golden_arrays["tokens"]).logits)
-    assert error < 1.5 * median_error(golden_arrays["logits"])
+        def median_error(given, exact=exact):
+            off = np.linalg.norm(np.asarray(given, np.float64) - exact, axis=-1)
+            return np.median(off / np.linalg.norm(exact, axis=-1))
+
+        error = median_error(values)
+        assert error < 1.2 * median_error(rounded[site])
+        assert error < 2 * median_error(golden_arrays[site])
 
 
 def test_bfloat16_products_are_no_further_off_than_the_official_code(
