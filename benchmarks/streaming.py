@@ -114,6 +114,7 @@ def main() -> None:
         lm, streamed = load(stream=False), load(stream=True)
         assert isinstance(streamed.runnable, StreamedGrok)
         streamed.runnable.reader.past_cache = options.cold
+        drop(path)  # without --cold, the page cache then holds the files as a pass leaves them
         read(streamed)
         for length in options.lengths:
             ids = np.random.default_rng(0).integers(3, config.vocab_size, (1, length))

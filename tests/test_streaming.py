@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import json
 import mmap
 import shutil
@@ -464,8 +465,17 @@ def resident_bytes(directory):
     return found
 
 
-@pytest.mark.parametrize("n_devices", [1, 2])
-def test_layers_from_the_page_cache_are_those_that_are_copied(converted, n_devices):
+@pytest.mark.parametrize(
+    ("n_devices", "system"), [(1, ""), (2, ""), (1, "in pieces"), (1, "without advice")]
+)
+def test_layers_from_the_page_cache_are_those_that_are_copied(
+    converted, n_devices, system, monkeypatch
+):
+    if system:  # these arrays would be too small to be had a piece at a time
+        monkeypatch.setattr(mapped, "_LARGE", 1)
+        monkeypatch.setattr(mapped, "_AT_ONCE", mmap.PAGESIZE)
+    if system == "without advice":
+        monkeypatch.setattr(mapped, "_advise", lambda *what: errno.EINVAL)
     reader, copying = reader_of(converted, n_devices), reader_of(converted, n_devices)
     copying.past_cache = True
     for backwards in (False, True):
@@ -518,6 +528,12 @@ def test_a_mapped_file_that_changes_is_named(converted, tmp_path, tokens):
     shard.write_bytes(shard.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match=rf"{shard.name}\n.*was there when the checkpoint"):
         lm(tokens)
+
+
+def test_a_mapped_file_that_cannot_be_read_is_named(converted, monkeypatch):
+    monkeypatch.setattr(mapped, "_advise", lambda address, n_bytes, advice: errno.EIO)
+    with pytest.raises(OSError, match=r"Input/output error: '.*\.safetensors'"):
+        next(reader_of(converted).layers())
 
 
 @pytest.mark.parametrize("what", ["turned", "other dtype", "unaligned", "cut", "accelerator"])

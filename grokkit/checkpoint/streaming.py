@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from grokkit.checkpoint import slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
-from grokkit.checkpoint.mapped import can_be_mapped, let_go, map_leaves
+from grokkit.checkpoint.mapped import MappedLeaves, can_be_mapped
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -42,8 +41,12 @@ class LayerReader:
             [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
         ]
         self._parts: list[dict[int, Parts]] = [{}, {}]
-        self._can_be_mapped = [[can_be_mapped(plan) for plan in layer] for layer in self._plans]
-        self._mapped: list[list[np.ndarray]] = [[], []]
+        mapped = [
+            {i: plan for i, plan in enumerate(layer) if can_be_mapped(plan)}
+            for layer in self._plans
+        ]
+        self._mapped = [MappedLeaves(layer) for layer in mapped]
+        self._in_memory: list[MappedLeaves | None] = [None, None]
         self.past_cache = self.nbytes > _KEPT * _physical_memory()
         """Whether files are read past the page cache, which would not keep them until the next
         pass."""
@@ -121,14 +124,16 @@ class LayerReader:
 
     def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
         """One layer; the other is the one that will be read after it."""
-        let_go(self._mapped[layer % 2])
+        if before := self._in_memory[layer % 2]:
+            before.let_go()
         then = None if self.past_cache else then  # nobody would be told
-        (mapped, copied), (mapped_then, copied_then) = self._ways(layer), self._ways(then)
+        copied, copied_then = self._copied(layer), self._copied(then)
 
         def read() -> list[Any]:
-            arrays, pages = map_leaves([*mapped.values()], [*mapped_then.values()])
-            self._mapped[layer % 2] = pages
-            leaves = dict(zip(mapped, arrays, strict=True))
+            leaves: dict[int, Any] = {}
+            if not self.past_cache:
+                self._in_memory[layer % 2] = self._mapped[layer]
+                leaves |= self._mapped[layer].read(pool)
             arrays = read_leaves(
                 [*copied.values()], self._parts_of(layer, copied),
                 then=([*copied_then.values()], self._parts_of(then, copied_then)),
@@ -142,15 +147,12 @@ class LayerReader:
         self._seconds += seconds
         return leaves
 
-    def _ways(self, layer: int | None) -> tuple[dict[int, LeafPlan], dict[int, LeafPlan]]:
-        """Which of a layer's leaves are used where they lie in the page cache, and which copied."""
+    def _copied(self, layer: int | None) -> dict[int, LeafPlan]:
+        """A layer's leaves that are not used where they lie in the page cache."""
         if layer is None:
-            return {}, {}
-        ways: tuple[dict[int, LeafPlan], dict[int, LeafPlan]] = {}, {}
-        for i, plan in enumerate(self._plans[layer]):
-            is_copied = self.past_cache or not self._can_be_mapped[layer][i]
-            ways[is_copied][i] = plan
-        return ways
+            return {}
+        mapped = {} if self.past_cache else self._mapped[layer].plans
+        return {i: plan for i, plan in enumerate(self._plans[layer]) if i not in mapped}
 
     def _parts_of(self, layer: int | None, leaves: Iterable[int]) -> list[Parts]:
         """The memory for some leaves of a layer, which every other one shares."""
