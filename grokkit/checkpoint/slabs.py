@@ -22,8 +22,7 @@ from grokkit.checkpoint.ahead import Ahead, Piece
 from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, DirectReader, TensorFile
 
 _SLAB = 1 << 22  # bytes
-_MOST_THREADS = 4
-_MOST_WAITING = 8  # for the disk: they leave the processors to others, which wake them late
+MOST_THREADS = 4
 _TURNED_ROWS = 64  # rows turned round at once
 
 
@@ -61,7 +60,7 @@ def fill(
 ) -> None:
     """Read every place's part of some arrays.
 
-    Beyond the places' memory each of at most eight threads uses a slab, of 4 MB or a row. The disk
+    Beyond the places' memory each of at most four threads uses a slab, of 4 MB or a row. The disk
     is told 270 MB ahead what will be read, so that it works while processors are busy elsewhere.
     Where the page cache is passed, that is done by threads that wait for it: more than processors.
 
@@ -83,8 +82,7 @@ def fill(
         for reading in ([] if past_cache else [*readings, *_readings(then)])
         for piece in reading.pieces()
     )
-    most = _MOST_WAITING if past_cache else min(cpu.cores(), _MOST_THREADS)
-    n_threads = min(len(waiting), most)
+    n_threads = min(len(waiting), MOST_THREADS if past_cache else min(cpu.cores(), MOST_THREADS))
     one_at_a_time = threading.Lock()
     largest = max((reading.buffer_bytes for reading in readings), default=0)
 
@@ -125,7 +123,7 @@ def fill(
 
 def new_pool() -> ThreadPoolExecutor:
     """Threads for `fill`."""
-    return ThreadPoolExecutor(_MOST_WAITING, "reading")
+    return ThreadPoolExecutor(MOST_THREADS, "reading")
 
 
 def _new_memory(n_bytes: int) -> np.ndarray:
