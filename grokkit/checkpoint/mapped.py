@@ -55,7 +55,7 @@ def _is_stretch(plan: LeafPlan, index: tuple[slice, ...]) -> bool:
 class MappedLeaves:
     """Some leaves as pages of their files, which come into memory and are let go of.
 
-    Where the system keeps files in pages of 2 MB, as Linux does on most file systems, the first
+    Where the system keeps files in pages of 2 MB, as Linux can on some file systems, the first
     takes next to no time for what it has; and it is asked to read the rest in such pages.
     """
 
@@ -82,8 +82,9 @@ class MappedLeaves:
         coming = []
         for i, plan in self.plans.items():
             file: Any = plan.sources[0].file
-            file.check()
-            if i not in self._mapped:  # once: it takes longer than to have the pages again
+            if i in self._mapped:
+                file.check()
+            else:  # once: it takes longer than to have the pages again
                 self._mapped[i] = _map(plan)
             values, _ = self._mapped[i]
             if values.nbytes < _LARGE:

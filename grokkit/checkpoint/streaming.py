@@ -41,11 +41,10 @@ class LayerReader:
             [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
         ]
         self._parts: list[dict[int, Parts]] = [{}, {}]
-        mapped = [
-            {i: plan for i, plan in enumerate(layer) if can_be_mapped(plan)}
+        self._mapped = [
+            MappedLeaves({i: plan for i, plan in enumerate(layer) if can_be_mapped(plan)})
             for layer in self._plans
         ]
-        self._mapped = [MappedLeaves(layer) for layer in mapped]
         self._in_memory: list[MappedLeaves | None] = [None, None]
         self.past_cache = self.nbytes > _KEPT * _physical_memory()
         """Whether files are read past the page cache, which would not keep them until the next
