@@ -19,9 +19,10 @@ from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
+from grokkit.checkpoint.pages import PAGE
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.slabs import Place, Wanted, fill
-from grokkit.checkpoint.tensor_file import INT4, PAGE, ArraySpan, StackedTensors, TensorFile
+from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec, is_spec

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from grokkit import cpu
-from grokkit.checkpoint.ahead import Ahead, Piece
-from grokkit.checkpoint.tensor_file import PAGE, ArraySpan, DirectReader, TensorFile
+from grokkit.checkpoint.ahead import Ahead, Piece, calling_ahead
+from grokkit.checkpoint.pages import PAGE
+from grokkit.checkpoint.tensor_file import ArraySpan, DirectReader, TensorFile
 
 _SLAB = 1 << 22  # bytes
 MOST_THREADS = 4
@@ -77,16 +78,17 @@ def fill(
     """
     readings = _readings(arrays)
     waiting = collections.deque(item for reading in readings for item in reading.items())
-    ahead = Ahead(
+    is_called_for = not past_cache and len(waiting) > 1
+    pieces = (
         piece
-        for reading in ([] if past_cache else [*readings, *_readings(then)])
+        for reading in ([*readings, *_readings(then)] if is_called_for else [])
         for piece in reading.pieces()
     )
     n_threads = min(len(waiting), MOST_THREADS if past_cache else min(cpu.cores(), MOST_THREADS))
     one_at_a_time = threading.Lock()
     largest = max((reading.buffer_bytes for reading in readings), default=0)
 
-    def work(memory: np.ndarray) -> None:
+    def work(memory: np.ndarray, ahead: Ahead) -> None:
         present: _Reading | None = None
         buffers = dict[Any, _Buffer]()
         with contextlib.ExitStack() as opened:
@@ -108,10 +110,14 @@ def fill(
                 with one_at_a_time:
                     report(n_bytes)
 
-    if n_threads <= 1:  # a thread would take longer to start than a small array to read
-        return work(_new_memory(largest))
-    with contextlib.nullcontext(pool) if pool else new_pool() as its_pool:
-        threads = [its_pool.submit(lambda: work(_kept_memory(largest))) for _ in range(n_threads)]
+    with contextlib.ExitStack() as opened:
+        ahead = opened.enter_context(calling_ahead(pieces))
+        if n_threads <= 1:  # a thread would take longer to start than a small array to read
+            return work(_new_memory(largest), ahead)
+        its_pool = pool or opened.enter_context(new_pool())
+        threads = [
+            its_pool.submit(lambda: work(_kept_memory(largest), ahead)) for _ in range(n_threads)
+        ]
         try:
             wait(threads, return_when=FIRST_EXCEPTION)
         finally:
@@ -191,8 +197,8 @@ class _Reading:
         apart to be named."""
         if not self.layout.is_whole:
             return []
-        file, layout = self.wanted.file, self.layout
-        return [(file, layout.start(slab), slab.n * layout.stride) for slab in self.slabs]
+        path, layout = self.wanted.file.path, self.layout
+        return [(path, layout.start(slab), slab.n * layout.stride) for slab in self.slabs]
 
     def take(self, read: Any, buffer: "_Buffer", slab: "_Slab") -> None:
         """Read a slab and put it in its places."""

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from grokkit.checkpoint.lazy import Stack, Unpacked
+from grokkit.checkpoint.pages import PAGE
 from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
 from grokkit.checkpoint.pickle_walk import walk
 from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, reading, refusal
@@ -20,9 +20,6 @@ from grokkit.errors import CheckpointError
 
 INT4 = np.dtype(ml_dtypes.int4)
 
-_CALLED_FOR = 1 << 20  # bytes at once: Linux takes no notice of what is beyond some 1.3 MB
-PAGE = mmap.PAGESIZE
-"""Bytes that are read at once past the page cache: no disk's blocks are larger, that we know of."""
 _BLOCK = 512  # bytes: no disk's blocks are smaller
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
@@ -134,18 +131,6 @@ class TensorFile:
         with self.reading() as read_copy, _opened_directly(self.path) as descriptor:
             yield DirectReader(read_copy, descriptor)
 
-    def call_for(self, offset: int, n_bytes: int) -> None:
-        """Have the system begin to read a part of the file, where it can, without waiting for it."""
-        if not hasattr(os, "posix_fadvise"):  # as on macOS
-            return
-        # Whoever reads the file will say what is wrong with it.
-        with contextlib.suppress(OSError), open(self.path, "rb", buffering=0) as file:
-            end = offset + n_bytes
-            for start in range(offset, end, _CALLED_FOR):
-                size = min(_CALLED_FOR, end - start)
-                if not _is_in_page_cache(file.fileno(), start):
-                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-
     def _changed(self, found: str) -> CheckpointError:
         return refusal(
             self.path,
@@ -200,14 +185,6 @@ def _fill(descriptor: int, buffers: Sequence[memoryview], n_bytes: int, offset: 
         buffers = _after(buffers, got)
         got = os.preadv(descriptor, buffers, offset)
     return True
-
-
-def _is_in_page_cache(descriptor: int, offset: int) -> bool:
-    """Whether a place in a file is, where a system says so: a tenth of what calling for it costs."""
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except (OSError, AttributeError):
-        return False
 
 
 @contextlib.contextmanager
