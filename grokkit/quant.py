@@ -3,10 +3,12 @@
 The groups cut the contracting axis K in equal, consecutive parts: the matrix's entry in row k and
 column n is `weight[n, k] * scales[k // (K / G), n]`. The values are held transposed, [n, k]: what
 makes one output lies together, which is how products read a matrix fastest. The official
-checkpoint holds [k, n]; reading and writing it turn the matrices round.
+checkpoint holds [k, n]; reading and writing it turn the matrices round, except where a matrix is
+used in its file (`Stored`).
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -18,18 +20,31 @@ from grokkit.errors import GrokkitError
 from grokkit.sharding import Declaration, ParamSpec
 
 
+class Stored(NamedTuple):
+    """How a stack of matrices lies in the bytes of a file of the official layout."""
+
+    shape: tuple[int, ...]
+    """`(*lead, k, n)`, in this order."""
+    before: int
+    """Bytes before the first entry."""
+
+
 class QuantizedArray(eqx.Module):
     """A matrix (or a stack of them) held as int8 values and grouped scales.
 
     In a tree of declarations both leaves are `ParamSpec`s.
     """
 
-    weight: Int8[Array, "*lead n k"] | Declaration
+    weight: Int8[Array, "*lead n k"] | Int8[Array, " bytes"] | Declaration
     scales: BFloat16[Array, "*lead g n"] | Declaration
+    stored: Stored | None = eqx.field(static=True, default=None)
+    """If the weights are a file's bytes, how they lie there."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix, leading axes first: `(*lead, k, n)`."""
+        if self.stored:
+            return self.stored.shape
         *lead, n, k = self.weight.shape
         return (*lead, k, n)
 
@@ -37,6 +52,13 @@ class QuantizedArray(eqx.Module):
     def groups(self) -> int:
         """Number of scale groups G along the contracting axis."""
         return self.scales.shape[-2]
+
+
+def as_stored(q: QuantizedArray, weight: Any, stored: Stored) -> QuantizedArray:
+    """The same, whatever its leaves are, with `weight` in place of its own."""
+    none = ParamSpec((), jnp.int8, ())
+    structure = jax.tree.structure(QuantizedArray(none, none, stored))
+    return jax.tree.unflatten(structure, [weight, q.scales])
 
 
 class Slot(eqx.Module):
@@ -63,7 +85,16 @@ class Slot(eqx.Module):
             start = (*self.at, *(jnp.int32(0),) * len(rest))
             return jax.lax.dynamic_slice(a, start, (1,) * len(self.at) + rest).reshape(rest)
 
-        return jax.tree.map(take, self.stack)
+        return jax.tree.map(take, n_first(self.stack))
+
+
+def n_first(q: QuantizedArray) -> QuantizedArray:
+    """The same, with the values as [*lead, n, k] if they are a file's bytes."""
+    if not q.stored:
+        return q
+    before = q.stored.before
+    weight = q.weight[before : before + math.prod(q.shape)].reshape(q.shape)
+    return QuantizedArray(jnp.swapaxes(weight, -1, -2), q.scales)
 
 
 def index(
@@ -87,7 +118,10 @@ def layout(w: QuantizedArray | Slot | Array, cut: Literal["k", "n"]) -> PyTree[P
     first, last = P(*lead, "model", None), P(*lead, None, "model")
     if not isinstance(stack, QuantizedArray):
         return first if cut == "k" else last
-    weight, scales = (last, first) if cut == "k" else (first, last)
+    scales = first if cut == "k" else last
+    weight = last if cut == "k" else first
+    if stack.stored:  # which is one device's: all of it, as of any axis
+        weight = P("model")
     return jax.tree.unflatten(jax.tree.structure(w), [weight, scales, *(P() for _ in at)])
 
 
@@ -137,7 +171,7 @@ def quantize(w: Float[Array, "*lead k n"], groups: int = 1) -> QuantizedArray:
 def dequantize(q: QuantizedArray, dtype: jnp.dtype = jnp.float32) -> Float[Array, "*lead k n"]:
     """The matrix that `q` stands for, whole. For tests and analyses; the model never makes it."""
     *lead, k, n = q.shape
-    weight = jnp.swapaxes(q.weight, -1, -2).astype(jnp.float32)
+    weight = jnp.swapaxes(n_first(q).weight, -1, -2).astype(jnp.float32)
     grouped = weight.reshape(*lead, q.groups, k // q.groups, n)
     scaled = grouped * q.scales.astype(jnp.float32)[..., :, None, :]
     return scaled.reshape(q.shape).astype(dtype)

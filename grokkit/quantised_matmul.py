@@ -15,7 +15,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Int8
 
 from grokkit import cpu
 from grokkit.numerics import einsum32
-from grokkit.quant import QuantizedArray, Slot
+from grokkit.quant import QuantizedArray, Slot, n_first
 
 _BLOCK = 2**21
 """Entries of the matrix that a gradient converts at a time: their floats fit in a cache of a few
@@ -52,7 +52,7 @@ def matmul(
 
 def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
     """The definition: each group's product, times its scales, summed."""
-    q = w.read() if isinstance(w, Slot) else w
+    q = n_first(w.read() if isinstance(w, Slot) else w)
     k, n = q.shape
     x = x.reshape(-1, q.groups, k // q.groups)
     weight = q.weight.reshape(n, q.groups, k // q.groups)
@@ -69,7 +69,7 @@ def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Fl
     if not cpu.is_there():
         return plain(x, w, dtype)
     flat, place = _flat(w)
-    return _product(_varying(x, flat), flat, place, jnp.dtype(dtype))
+    return _product(_varying(x, flat), flat, place, jnp.dtype(dtype), _before(w))
 
 
 def grouped_on_cpu(
@@ -85,23 +85,34 @@ def grouped_on_cpu(
     - `dtype`: as for `matmul`.
     """
     flat, place = _flat(w)
-    return cpu.grouped_product(_varying(x, flat), counts, *flat, place, dtype)
+    return cpu.grouped_product(_varying(x, flat), counts, *flat, place, dtype, _before(w))
 
 
 class _Flat(NamedTuple):
     """A stack of matrices as one: each matrix, and its groups' scales, in consecutive rows."""
 
-    weight: Int8[Array, "matrix_n k"]
+    weight: Int8[Array, "matrix_n k"] | Int8[Array, " bytes"]
     scales: BFloat16[Array, "matrix_g n"]
 
 
 def _flat(w: QuantizedArray | Slot) -> tuple[_Flat, Int[Array, ""]]:
     """The stack that a matrix is in, and its place there; of several matrices, the first one's."""
-    stack, at = (w.stack, w.at) if isinstance(w, Slot) else (w, ())
-    (*lead, n, k), place = stack.weight.shape, jnp.int32(0)
+    stack, at = _stack(w), w.at if isinstance(w, Slot) else ()
+    (*lead, _, n), place = stack.shape, jnp.int32(0)
     for axis, size in enumerate(lead):
         place = place * size + (at[axis] if axis < len(at) else 0)
-    return _Flat(stack.weight.reshape(-1, k), stack.scales.reshape(-1, n)), place
+    weight = stack.weight if stack.stored else stack.weight.reshape(-1, stack.weight.shape[-1])
+    return _Flat(weight, stack.scales.reshape(-1, n)), place
+
+
+def _stack(w: QuantizedArray | Slot) -> QuantizedArray:
+    return w.stack if isinstance(w, Slot) else w
+
+
+def _before(w: QuantizedArray | Slot) -> int | None:
+    """If the weights are a file's bytes, how many are before them."""
+    stored = _stack(w).stored
+    return stored.before if stored else None
 
 
 def _varying(x: Array, flat: _Flat) -> Array:
@@ -110,32 +121,44 @@ def _varying(x: Array, flat: _Flat) -> Array:
     Where the matrix differs between devices, so does the gradient of what it multiplies.
     """
     # Of whole numbers XLA knows that this is 0, so that nothing is added.
-    return x + (0 * flat.weight[0, 0]).astype(x.dtype)
+    return x + (0 * flat.weight[(0,) * flat.weight.ndim]).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x: Array, flat: _Flat, place: Array, dtype: Any) -> Array:
-    return cpu.grouped_product(x, jnp.array([x.shape[0]]), *flat, place, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x: Array, flat: _Flat, place: Array, dtype: Any, before: int | None) -> Array:
+    return cpu.grouped_product(x, jnp.array([x.shape[0]]), *flat, place, dtype, before)
 
 
-def _forward(x: Array, flat: _Flat, place: Array, dtype: Any) -> Any:
-    return _product(x, flat, place, dtype), (flat, place)
+def _forward(x: Array, flat: _Flat, place: Array, dtype: Any, before: int | None) -> Any:
+    return _product(x, flat, place, dtype, before), (flat, place, x.shape[1])
 
 
-def _backward(dtype: Any, residuals: Any, dy: Float[Array, "row n"]) -> Any:
+def _backward(dtype: Any, before: int | None, residuals: Any, dy: Float[Array, "row n"]) -> Any:
     """The gradient of `x`, in float32; the weights have none."""
-    (weight, scales), place = residuals
+    (weight, scales), place, k = residuals
     n = scales.shape[1]
-    groups = scales.shape[0] // (weight.shape[0] // n)
-    k = weight.shape[1] // groups
-    size = block_rows(n, k)
+    groups = scales.shape[0] // (weight.size // (n * k))
+    size = k // groups
     scaled = jax.lax.dynamic_slice(scales, (place * groups, jnp.int32(0)), (groups, n))
     scaled = dy * scaled.astype(jnp.float32)[:, None]
+    if before is None:
+        dx = _through_outputs(scaled, weight, place, size)
+    else:
+        dx = _through_entries(scaled, weight, before, place, size)
+    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], -1), None, None
+
+
+def _through_outputs(
+    scaled: Float[Array, "group row n"], weight: Int8[Array, "matrix_n k"], place: Any, k: int
+) -> Float[Array, "group row entry"]:
+    """The gradient of each group's entries, `k` of them, some outputs at a time."""
+    groups, rows, n = scaled.shape
+    size = block_rows(n, k)
 
     def one(_, group):
         def add(total, row):
             block = jax.lax.dynamic_slice(weight, (place * n + row, group * k), (size, k))
-            part = jax.lax.dynamic_slice(scaled, (group, 0, row), (1, dy.shape[0], size))[0]
+            part = jax.lax.dynamic_slice(scaled, (group, 0, row), (1, rows, size))[0]
             product = jnp.dot(part, block.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             return total + product, None
 
@@ -143,8 +166,32 @@ def _backward(dtype: Any, residuals: Any, dy: Float[Array, "row n"]) -> Any:
         zeros = 0 * jnp.dot(scaled[0, :, :1], weight[:1, :k].astype(jnp.float32))
         return None, jax.lax.scan(add, zeros, jnp.arange(0, n, size, dtype=jnp.int32))[0]
 
-    dx = jax.lax.scan(one, None, jnp.arange(groups, dtype=jnp.int32))[1]
-    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], -1), None, None
+    return jax.lax.scan(one, None, jnp.arange(groups, dtype=jnp.int32))[1]
+
+
+def _through_entries(
+    scaled: Float[Array, "group row n"],
+    weight: Int8[Array, " bytes"],
+    before: int,
+    place: Any,
+    k: int,
+) -> Float[Array, "group row entry"]:
+    """The same of a matrix that lies as [k, n], some entries at a time."""
+    groups, rows, n = scaled.shape
+    size = block_rows(k, n)
+
+    def one(_, i):
+        start = before + (place * groups * k + i * size) * n
+        block = jax.lax.dynamic_slice(weight, (start,), (size * n,)).reshape(size, n)
+        product = jnp.dot(
+            scaled[i * size // k], block.T.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )  # fmt: skip
+        return None, product
+
+    steps = jnp.arange(groups * k // size, dtype=jnp.int32)
+    dx = jax.lax.scan(one, None, steps)[1].reshape(groups, k // size, rows, size)
+    return jnp.moveaxis(dx, 2, 1).reshape(groups, rows, k)
 
 
 _product.defvjp(_forward, _backward)

@@ -10,16 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grokkit import quantised_matmul
-from grokkit.quant import QuantizedArray, index
+from grokkit.quant import QuantizedArray, Slot, Stored, index
 from grokkit.quantised_matmul import block_rows, matmul, on_cpu, plain
 
 FEW = settings(max_examples=25, deadline=None)
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
+BEFORE = 21
+"""Bytes of a file before a matrix in it."""
+
+
+def in_a_file(w):
+    """The same, as a file of the official layout has it."""
+    stack, *at = (w.stack, w.at) if isinstance(w, Slot) else (w,)
+    entries = jnp.swapaxes(stack.weight, -1, -2).reshape(-1)
+    weight = jnp.concatenate([jnp.full(BEFORE, 99, jnp.int8), entries])
+    stack = QuantizedArray(weight, stack.scales, Stored(stack.shape, BEFORE))
+    return Slot(stack, *at) if at else stack
+
+
 FORMS = {
     "matmul": matmul,
     "plain": plain,
     "on_cpu": on_cpu,
+    "plain, in a file": lambda x, w, dtype: plain(x, in_a_file(w), dtype),
+    "on_cpu, in a file": lambda x, w, dtype: on_cpu(x, in_a_file(w), dtype),
 }
 ROWS = [1, 5, 20, 130]
 """On either side of where the arithmetic changes."""
@@ -106,6 +121,17 @@ def test_gradient_is_the_product_with_the_transpose(form, dtype, n_rows):
     expected = dy @ float64(q)[1].T
     rounding = 1e-5 if dtype == FLOAT32 else 2e-2
     np.testing.assert_allclose(found, expected, atol=rounding * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("n_rows", ROWS)
+@pytest.mark.parametrize(("k", "n"), [(128, 460), (64, 192), (192, 64), (100, 72)])
+def test_matrices_in_a_file_give_the_same_bits(dtype, n_rows, k, n):
+    """Of whole lines of the caches and of parts, in columns of several blocks and of one."""
+    q = make(3, 2, k, n, groups=2)
+    x = np.random.default_rng(3).normal(size=(n_rows, k)).astype(np.float32)
+    found = run("on_cpu, in a file", x, index(q, 1), dtype)
+    np.testing.assert_array_equal(found, run("on_cpu", x, index(q, 1), dtype))
 
 
 def test_a_matrix_of_floats_will_do():

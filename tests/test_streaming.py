@@ -1,6 +1,7 @@
 """A model whose layers stay on disk gives what the one in memory gives."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import errno
 import json
@@ -24,14 +25,22 @@ from grokkit.analysis.grids import Experts, Heads, Positions
 from grokkit.analysis.lens import logit_lens
 from grokkit.analysis.patching import attribution_patch, patch
 from grokkit.batching import ContinuousBatch
-from grokkit.checkpoint import loading, mapped, open_checkpoint, save_params, streaming
+from grokkit.checkpoint import (
+    ahead,
+    loading,
+    mapped,
+    open_checkpoint,
+    pages,
+    save_params,
+    streaming,
+)
 from grokkit.checkpoint.loading import plan_params
 from grokkit.checkpoint.streaming import LayerReader
-from grokkit.checkpoint.tensor_file import TensorFile
 from grokkit.errors import CheckpointError, GrokkitError, PromptError
 from grokkit.generate import PREFILL_PART, Sampling, generate_tokens
 from grokkit.kv_cache import KVCache
 from grokkit.model import param_specs
+from grokkit.quant import QuantizedArray, n_first
 
 CLOSE = 1e-6
 
@@ -370,11 +379,16 @@ def test_the_disk_is_told_of_every_layer_before_it_is_read(golden_dir, mesh, mon
         told.append(called_for.copy())
         return found
 
-    def call_for(file, offset, n_bytes):
-        called_for.setdefault(file.path, set()).update(range(offset, offset + n_bytes))
+    def call_for(path, offset, n_bytes):
+        called_for.setdefault(path, set()).update(range(offset, offset + n_bytes))
+
+    class AtOnce(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, *what):
+            function(*what)
 
     monkeypatch.setattr(streaming, "read_leaves", watch)
-    monkeypatch.setattr(TensorFile, "call_for", call_for)
+    monkeypatch.setattr(pages, "call_for", call_for)
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", AtOnce)
     for _ in reader.layers():
         pass
     expected = {}
@@ -472,10 +486,10 @@ def test_layers_from_the_page_cache_are_those_that_are_copied(
     converted, n_devices, system, monkeypatch
 ):
     if system:  # these arrays would be too small to be had a piece at a time
-        monkeypatch.setattr(mapped, "_LARGE", 1)
-        monkeypatch.setattr(mapped, "_AT_ONCE", mmap.PAGESIZE)
+        monkeypatch.setattr(pages, "LARGE", 1)
+        monkeypatch.setattr(pages, "AT_ONCE", mmap.PAGESIZE)
     if system == "without advice":
-        monkeypatch.setattr(mapped, "_advise", lambda *what: errno.EINVAL)
+        monkeypatch.setattr(pages, "_advise", lambda *what: errno.EINVAL)
     reader, copying = reader_of(converted, n_devices), reader_of(converted, n_devices)
     copying.past_cache = True
     for backwards in (False, True):
@@ -503,8 +517,8 @@ def test_one_device_uses_the_files_pages_of_two_layers_at_most(converted):
         ]
         assert all(inside)  # nothing was copied
         assert not any(reader._parts)
-    pages = 2 * 2 * mmap.PAGESIZE * len(inside)  # an array begins and ends within a page
-    assert of_a_layer <= max(seen) <= 2 * of_a_layer + pages
+    ends = 2 * 2 * mmap.PAGESIZE * len(inside)  # an array begins and ends within a page
+    assert of_a_layer <= max(seen) <= 2 * of_a_layer + ends
 
 
 def test_a_streamed_model_of_mapped_layers_gives_what_the_resident_one_gives(converted, tokens):
@@ -531,9 +545,93 @@ def test_a_mapped_file_that_changes_is_named(converted, tmp_path, tokens):
 
 
 def test_a_mapped_file_that_cannot_be_read_is_named(converted, monkeypatch):
-    monkeypatch.setattr(mapped, "_advise", lambda address, n_bytes, advice: errno.EIO)
+    monkeypatch.setattr(pages, "_advise", lambda address, n_bytes, advice: errno.EIO)
     with pytest.raises(OSError, match=r"Input/output error: '.*\.safetensors'"):
         next(reader_of(converted).layers())
+
+
+@pytest.fixture
+def large_pages(monkeypatch):
+    """As where the page cache has large pages, and files are larger than these."""
+    monkeypatch.setattr(pages, "are_large", lambda path: True)
+
+
+@pytest.mark.usefixtures("large_pages")
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_one_device_uses_official_matrices_where_they_lie(golden_dir, past_cache):
+    reader, copying = reader_of(golden_dir), reader_of(golden_dir, 2)
+    reader.past_cache = past_cache
+    matrices = 0
+    for layer, other in zip(reader.layers(), copying.layers(), strict=True):
+        assert jax.tree.map(jnp.shape, layer) == jax.tree.map(jnp.shape, reader.abstract())
+        there = [(s, s + size) for s, size in resident_bytes(golden_dir).items()]
+        pairs = [
+            (getattr(ours, name), getattr(theirs, name))
+            for ours, theirs in ((layer.moe, other.moe), (layer.attention, other.attention))
+            for name in vars(ours)
+        ]
+        for found, expected in pairs:
+            if not isinstance(found, QuantizedArray):
+                continue
+            matrices += 1
+            assert found.stored and found.shape == expected.shape
+            pointer = found.weight.unsafe_buffer_pointer()
+            assert any(a <= pointer < b for a, b in there)  # it was not copied
+            np.testing.assert_array_equal(n_first(found).weight, expected.weight)
+            np.testing.assert_array_equal(found.scales, expected.scales)
+    assert matrices == 7 * reader.n_layers
+    assert reader.rate() > 0
+
+
+@pytest.mark.usefixtures("large_pages")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_official_matrices_where_they_lie_give_the_resident_models_bits(
+    golden_dir, dtype, tokens, monkeypatch
+):
+    mesh = grokkit.make_mesh(1, 1)
+    lm = grokkit.load(golden_dir, mesh, dtype, progress=False)
+    streamed = grokkit.load(golden_dir, mesh, dtype, progress=False, stream=True)
+    assert streamed.runnable.reader._in_large_pages
+    monkeypatch.setattr(pages, "are_large", lambda path: False)
+    copying = grokkit.load(golden_dir, mesh, dtype, progress=False, stream=True)
+    for rows in (1, 40):
+        ids = np.random.default_rng(rows).integers(3, lm.config.vocab_size, (1, rows))
+        np.testing.assert_array_equal(streamed(ids).logits, copying(ids).logits)
+        if dtype == "float32":
+            assert relative_error(streamed(ids).logits, lm(ids).logits) < CLOSE
+    if dtype == "bfloat16":
+        return
+    found, expected = (logit_attribution(m, tokens, 7, against=9).heads for m in (streamed, lm))
+    assert relative_error(found, expected) < 1e-5
+    clean, corrupted = tokens[0, :6], tokens[1, :6]
+    found, expected = (
+        attribution_patch(m, clean, corrupted, lambda logits: logits[:, -1, 5], Heads()).effect
+        for m in (streamed, lm)
+    )
+    assert np.abs(expected).max() > 1e-3
+    assert relative_error(found, expected) < 1e-4
+
+
+def test_official_matrices_that_cannot_be_used_where_they_lie(golden_dir):
+    """Those of two devices; and where files' beginnings differ in length."""
+    for n_devices, are_stored in ((1, True), (2, False)):
+        checkpoint = open_checkpoint(golden_dir)
+        specs = param_specs(checkpoint.config)
+        plans = plan_params(checkpoint, specs, grokkit.make_mesh(1, n_devices)).blocks
+        found = mapped.as_stored(plans)
+        assert bool(found.moe.gate.stored) == are_stored
+        if not are_stored:
+            assert found.moe.gate is plans.moe.gate
+        else:
+            source = plans.moe.gate.weight.sources[1]
+            span = dataclasses.replace(source.span, offset=source.span.offset + 1)
+            sources = list(plans.moe.gate.weight.sources)
+            sources[1] = dataclasses.replace(source, span=span)
+            weight = dataclasses.replace(plans.moe.gate.weight, sources=tuple(sources))
+            matrix = jax.tree.unflatten(
+                jax.tree.structure(plans.moe.gate), [weight, plans.moe.gate.scales]
+            )
+            assert mapped.as_stored(matrix) is matrix
 
 
 @pytest.mark.parametrize("what", ["turned", "other dtype", "unaligned", "cut", "accelerator"])

@@ -19,7 +19,7 @@ class Ahead:
     """Calls for pieces of files from the disk, in the order in which they will be read."""
 
     def __init__(self, pieces: Iterable[Piece], thread: ThreadPoolExecutor) -> None:
-        self._waiting = collections.deque(_joined(pieces))
+        self._waiting = collections.deque(pieces)
         self._thread = thread
         self._wanted = 0
         self._one_at_a_time = threading.Lock()
@@ -39,9 +39,12 @@ class Ahead:
 def calling_ahead(pieces: Iterable[Piece]) -> Iterator[Ahead]:
     """`Ahead`, with a thread that waits for the disk. What it was told, it finishes by itself,
     unless there was an error."""
+    joined = list(_joined(pieces))
+    if joined:  # this is to be found out before anybody reads
+        pages.are_large(max(joined, key=lambda piece: piece[2])[0])
     thread = ThreadPoolExecutor(1, "calling-ahead")
     try:
-        yield Ahead(pieces, thread)
+        yield Ahead(joined, thread)
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise

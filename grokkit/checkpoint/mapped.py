@@ -1,8 +1,10 @@
 """Arrays that are the very pages of their files, which nothing copies.
 
-That is possible on CPU devices, for what lies in a file just as the model holds it.
+That is possible on CPU devices, for what lies in a file just as the model holds it; and on one such
+device for the 8-bit matrices of official files, which its products take as they are.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -10,14 +12,62 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
+from grokkit import cpu, quant
 from grokkit.checkpoint import pages
 from grokkit.checkpoint.loading import LeafPlan
 from grokkit.checkpoint.pages import PAGE
-from grokkit.checkpoint.tensor_file import TensorFile
+from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
+from grokkit.quant import QuantizedArray, Stored
 
 _ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
+_MOST = 2**31 - _ALIGNMENT  # bytes that XLA counts in 32 bits
+
+
+def as_stored(plans: PyTree) -> PyTree:
+    """A tree of `LeafPlan`s with the 8-bit matrices as their files hold them, where they can be
+    used so: see `grokkit.quant.Stored`."""
+    return jax.tree.map(
+        lambda x: _as_stored(x) if isinstance(x, QuantizedArray) else x,
+        plans,
+        is_leaf=lambda x: isinstance(x, QuantizedArray),
+    )
+
+
+def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
+    plan: Any = matrix.weight
+    devices, sources = plan.sharding.device_set, plan.sources
+    before = sources[0].span.offset % _ALIGNMENT
+    can_be = (
+        cpu.is_there()
+        and sources[0].span.nbytes < _MOST
+        and [device.platform for device in devices] == ["cpu"]
+        and all(
+            isinstance(source.file, TensorFile)
+            and source.turned
+            and source.span.dtype == plan.dtype
+            and source.span.offset % _ALIGNMENT == before
+            for source in sources
+        )
+    )
+    if not can_be:
+        return matrix
+    n_layers, n_bytes = len(sources), before + sources[0].span.nbytes
+    as_bytes = tuple(
+        dataclasses.replace(
+            source,
+            turned=False,
+            span=ArraySpan(plan.dtype, (n_bytes,), source.span.offset - before),
+        )
+        for source in sources
+    )
+    axes = [axis for axis in plan.sharding.spec if axis is not None]
+    sharding = NamedSharding(plan.sharding.mesh, PartitionSpec(None, *axes))
+    weight = LeafPlan((n_layers, n_bytes), plan.dtype, sharding, as_bytes)
+    return quant.as_stored(matrix, weight, Stored(sources[0].span.shape, before))
+
 
 def can_be_mapped(plan: LeafPlan) -> bool:
     """Whether a leaf's parts are stretches of its file, on devices that can use them there."""
@@ -93,11 +143,19 @@ class MappedLeaves:
             stretch.result()
         return {i: leaf for i, (_, leaf) in self._mapped.items()}
 
-    def let_go(self) -> None:
+    def let_go(self, for_good: bool = False) -> None:
         """Give the pages back: the system may keep them, but they do not count as this process's
-        memory any more. To use the leaves is to read them again."""
-        for values, _ in self._mapped.values():
+        memory any more. To use the leaves is to read them again.
+
+        **Arguments:**
+
+        - `for_good`: see that the system does not keep them.
+        """
+        for i, (values, _) in self._mapped.items():
             pages.let_go(*pages.of_array(values))
+            if for_good:
+                source = self.plans[i].sources[0]
+                pages.forget(source.file.path, source.span.offset, source.span.nbytes)
 
 
 def _map(plan: LeafPlan) -> tuple[np.ndarray, Array]:

@@ -57,7 +57,36 @@ def let_go(address: int, n_bytes: int) -> None:
     _advise(address, n_bytes, _MADV_DONTNEED)
 
 
-def are_large(address: int) -> bool:
+def forget(path: Path, offset: int, n_bytes: int) -> None:
+    """Have the system take a part of a file out of the page cache, but for its first and last page,
+    unless somebody uses it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+_are_large: dict[int, bool] = {}  # by file system
+
+
+def are_large(path: Path) -> bool:
+    """Whether the system can keep files in pages of 2 MB where this one is.
+
+    That is tried once for each file system, on the first file of 4 MB that is asked about; of which
+    so much is read. Nobody else must be reading there.
+    """
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if status.st_dev not in _are_large and status.st_size >= 2 * LARGE:
+            forget(path, 0, 2 * LARGE)  # which may be there in small ones
+            with _mapped(file.fileno(), 0, 2 * LARGE) as stretch:
+                ask_for_large(*stretch)
+                _are_large[status.st_dev] = have_in_memory(*stretch) and _is_large(stretch[0])
+        return _are_large.get(status.st_dev, False)
+    return False
+
+
+def _is_large(address: int) -> bool:
     """Whether the mapped file at an address, which is in memory, lies there in pages of 2 MB."""
     with contextlib.suppress(OSError), open("/proc/self/smaps", encoding="ascii") as file:
         is_here = False
@@ -81,16 +110,20 @@ def call_for(path: Path, offset: int, n_bytes: int) -> None:
         return
     # Whoever reads the file will say what is wrong with it.
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-        descriptor, end = file.fileno(), offset + n_bytes
+        descriptor, end = file.fileno(), min(offset + n_bytes, os.fstat(file.fileno()).st_size)
         missing = [
             start
             for start in range(offset, end, _CALLED_FOR)
             if not is_in_page_cache(descriptor, start)
         ]
-        if missing and not _read_in_large(descriptor, missing[0], end):
-            for start in missing:
-                size = min(_CALLED_FOR, end - start)
-                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+        if missing and end - missing[0] >= LARGE and are_large(path):
+            with _mapped(descriptor, missing[0], end) as stretch:
+                ask_for_large(*stretch)
+                have_in_memory(*stretch)
+            return
+        for start in missing:
+            size = min(_CALLED_FOR, end - start)
+            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
 
 def is_in_page_cache(descriptor: int, offset: int) -> bool:
@@ -99,24 +132,6 @@ def is_in_page_cache(descriptor: int, offset: int) -> bool:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except (OSError, AttributeError):
         return False
-
-
-_has_large: dict[int, bool] = {}  # by file system
-
-
-def _read_in_large(descriptor: int, offset: int, end: int) -> bool:
-    """Read a part of a file in large pages; whether its file system has them."""
-    status = os.fstat(descriptor)
-    end = min(end, status.st_size)
-    if not _has_large.get(status.st_dev, end - offset >= 2 * LARGE):
-        return False
-    with _mapped(descriptor, offset, end) as (address, n_bytes):
-        ask_for_large(address, n_bytes)
-        if not have_in_memory(address, n_bytes):
-            _has_large[status.st_dev] = False
-        elif status.st_dev not in _has_large:
-            _has_large[status.st_dev] = are_large(address)
-    return _has_large[status.st_dev]
 
 
 @contextlib.contextmanager

@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from grokkit.checkpoint import slabs
+from grokkit.checkpoint import pages, slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
-from grokkit.checkpoint.mapped import MappedLeaves, can_be_mapped
+from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -24,8 +25,8 @@ class LayerReader:
     """Gives the layers of a stack that stays on disk, at most two of them in memory at a time.
 
     On a CPU both layers' memory is made once and used again, so that a layer must not be used
-    any more when the next is asked for. What lies in the page cache as the model holds it, as one
-    device's layers of a converted checkpoint do, is used there, and not copied.
+    any more when the next is asked for. What one device can use where it lies in the page cache is
+    not copied: see `grokkit.checkpoint.mapped`.
     """
 
     def __init__(self, plans: PyTree) -> None:
@@ -35,6 +36,9 @@ class LayerReader:
 
         - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
         """
+        self._in_large_pages = pages.are_large(_largest_file(plans))
+        if self._in_large_pages:  # else files are best read into memory, and turned round there
+            plans = as_stored(plans)
         leaves, self._treedef = jax.tree.flatten(plans)
         self.n_layers: int = leaves[0].shape[0]
         self._plans: list[list[LeafPlan]] = [
@@ -47,8 +51,8 @@ class LayerReader:
         ]
         self._in_memory: list[MappedLeaves | None] = [None, None]
         self.past_cache = self.nbytes > _KEPT * _physical_memory()
-        """Whether files are read past the page cache, which would not keep them until the next
-        pass."""
+        """Whether the page cache would not keep the files until the next pass. Then they are read
+        past it; or, in large pages, by way of it, and taken out of it after use."""
         self._one_pass = threading.Lock()
         self._bytes_read, self._seconds = 0, 0.0
 
@@ -67,9 +71,23 @@ class LayerReader:
             first = self._plans[0]
             small = [plan for plan in first if plan.nbytes <= _SAMPLE]
             plan = max(small or first, key=lambda plan: plan.nbytes)
-            parts, past = [new_parts(plan)], self.past_cache
-            return plan.nbytes / _timed(lambda: read_leaves([plan], parts, past_cache=past))[1]
+            return plan.nbytes / self._seconds_for(plan)
         return self._bytes_read / self._seconds
+
+    def _seconds_for(self, plan: LeafPlan) -> float:
+        if self._uses_maps and can_be_mapped(plan):
+            mapped = MappedLeaves({0: plan})
+            with slabs.new_pool() as pool:
+                seconds = _timed(lambda: mapped.read(pool))[1]
+            mapped.let_go(for_good=self.past_cache)
+            return seconds
+        parts, past = [new_parts(plan)], self.past_cache
+        return _timed(lambda: read_leaves([plan], parts, past_cache=past))[1]
+
+    @property
+    def _uses_maps(self) -> bool:
+        """Whether what can be mapped is used where it lies in the page cache."""
+        return self._in_large_pages or not self.past_cache
 
     def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
         """Shapes, dtypes and layouts of one layer."""
@@ -124,19 +142,19 @@ class LayerReader:
     def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
         """One layer; the other is the one that will be read after it."""
         if before := self._in_memory[layer % 2]:
-            before.let_go()
+            before.let_go(for_good=self.past_cache)
         then = None if self.past_cache else then  # nobody would be told
         copied, copied_then = self._copied(layer), self._copied(then)
 
         def read() -> list[Any]:
             leaves: dict[int, Any] = {}
-            if not self.past_cache:
+            if self._uses_maps:
                 self._in_memory[layer % 2] = self._mapped[layer]
                 leaves |= self._mapped[layer].read(pool)
             arrays = read_leaves(
                 [*copied.values()], self._parts_of(layer, copied),
                 then=([*copied_then.values()], self._parts_of(then, copied_then)),
-                past_cache=self.past_cache, pool=pool,
+                past_cache=not self._uses_maps, pool=pool,
             )  # fmt: skip
             leaves |= zip(copied, arrays, strict=True)
             return [leaves[i] for i in range(len(leaves))]
@@ -150,7 +168,7 @@ class LayerReader:
         """A layer's leaves that are not used where they lie in the page cache."""
         if layer is None:
             return {}
-        mapped = {} if self.past_cache else self._mapped[layer].plans
+        mapped = self._mapped[layer].plans if self._uses_maps else {}
         return {i: plan for i, plan in enumerate(self._plans[layer]) if i not in mapped}
 
     def _parts_of(self, layer: int | None, leaves: Iterable[int]) -> list[Parts]:
@@ -162,6 +180,15 @@ class LayerReader:
             if i not in kept:
                 kept[i] = new_parts(self._plans[layer][i])
         return [kept[i] for i in leaves]
+
+
+def _largest_file(plans: PyTree) -> Path:
+    """Of all that a tree of `LeafPlan`s is read from."""
+    leaves: list[LeafPlan] = jax.tree.leaves(plans)
+    files = {
+        k: v for leaf in leaves for source in leaf.sources for k, v in source.file.files.items()
+    }
+    return max(files, key=lambda path: files[path])
 
 
 def _physical_memory() -> int:

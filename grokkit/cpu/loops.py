@@ -7,26 +7,35 @@ numbers, it does (`whole_numbers`). Elsewhere there is one way for a matrix that
 
 from typing import Any
 
+import numpy as np
+
 from grokkit.cpu import few_rows, float_rows, many_rows, whole_numbers
 from grokkit.cpu.amx import SIDE
-from grokkit.cpu.instructions import HAS_AMX, compiled, words
+from grokkit.cpu.instructions import HAS_AMX, address_of, compiled, words
 from grokkit.cpu.task import (
     GROUPS,
     INT8,
+    K_FIRST,
     MATRICES,
+    MATRIX,
     PACKING,
     PIECES,
     PRODUCTS,
     ROWS,
     SIZE,
     SUMS,
+    WEIGHT,
     WHAT,
     WHOLE,
     K,
     N,
 )
+from grokkit.cpu.turning import LINE, turn_into_cache
 
 _multiply_few = few_rows.multiplier(INT8)
+
+_TURNED = 4 * many_rows.PANELS
+"""Columns that are turned round at once: whole lines of the caches, and whole panels."""
 
 
 def piece_runner(version: int) -> Any:
@@ -41,18 +50,50 @@ def piece_runner(version: int) -> Any:
         pack_whole, multiply_whole = whole_numbers.pack, whole_numbers.multiply
 
     @compiled
-    def multiply(task: Any, i: int, part: int, parts: int) -> None:
-        starts, n = words(task[ROWS], task[MATRICES] + 1), task[N]
+    def has_few(task: Any, i: int) -> bool:
+        starts = words(task[ROWS], task[MATRICES] + 1)
+        return few_rows.has_few(starts[i + 1] - starts[i], task[K], task[GROUPS])
+
+    @compiled
+    def multiply(task: Any, i: int, first: int, last: int) -> None:
         if task[WHOLE]:
-            tiles = -(-n // SIDE)
-            first, last = tiles * part // parts, tiles * (part + 1) // parts
-            multiply_whole(task, i, SIDE * first, min(n, SIDE * last))
-        elif few_rows.has_few(starts[i + 1] - starts[i], task[K], task[GROUPS]):
-            _multiply_few(task, i, n * part // parts, n * (part + 1) // parts)
+            multiply_whole(task, i, first, last)
+        elif has_few(task, i):
+            _multiply_few(task, i, first, last)
         else:
-            panels = -(-n // many_rows.PANELS)
-            first, last = panels * part // parts, panels * (part + 1) // parts
-            many_rows.multiply(task, i, many_rows.PANELS * first, min(n, many_rows.PANELS * last))
+            many_rows.multiply(task, i, first, last)
+
+    @compiled
+    def multiply_turned(task: Any, i: int, part: int, parts: int) -> None:
+        """Some outputs of a matrix that lies as [k, n]: a few columns after the other are turned
+        round, and used while they are in the caches."""
+        k, n, matrix = task[K], task[N], words(task[MATRIX], task[MATRICES])[i]
+        source = task[WEIGHT] + matrix * n * k
+        before = source % LINE  # columns begin at lines; the first of them may be the file's header
+        units = -(-(n + before) // _TURNED)
+        room = np.empty(_TURNED * k + LINE, np.int8)
+        this = task.copy()
+        for unit in range(units * part // parts, units * (part + 1) // parts):
+            start = unit * _TURNED - before
+            stop = min(n, start + _TURNED)
+            # Within the loop: memory whose name is not used any more is let go.
+            turned = address_of(room) + -address_of(room) % LINE
+            turn_into_cache(source + start, k, stop - start, n, turned, k)
+            this[WEIGHT] = turned - (matrix * n + start) * k
+            multiply(this, i, max(0, start), stop)
+
+    @compiled
+    def multiply_part(task: Any, i: int, part: int, parts: int) -> None:
+        """Some of a matrix's outputs, cut where the loops begin anew."""
+        if task[K_FIRST]:
+            return multiply_turned(task, i, part, parts)
+        if task[WHOLE]:
+            unit = SIDE
+        else:
+            unit = 1 if has_few(task, i) else many_rows.PANELS
+        units = -(-task[N] // unit)
+        first, last = units * part // parts, units * (part + 1) // parts
+        multiply(task, i, unit * first, min(task[N], unit * last))
 
     def run_piece(task_at: int, piece: int) -> int:
         task = words(task_at, SIZE)
@@ -69,7 +110,7 @@ def piece_runner(version: int) -> Any:
         elif task[WHAT] == SUMS:
             float_rows.add(task, i)
         else:
-            multiply(task, i, part, parts)
+            multiply_part(task, i, part, parts)
         return 0 * version
 
     return run_piece

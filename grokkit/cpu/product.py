@@ -28,10 +28,11 @@ def is_there() -> bool:
 def grouped_product(
     x: Float[Array, "row k"],
     counts: Int[Array, " matrix"],
-    weight: Int8[Array, "matrix_n k"],
+    weight: Int8[Array, "matrix_n k"] | Int8[Array, " bytes"],
     scales: BFloat16[Array, "matrix_g n"],
     place: Int[Array, ""],
     dtype: Any,
+    before: int | None = None,
 ) -> Float[Array, "row n"]:
     """Each row times its matrix, of consecutive matrices of a stack.
 
@@ -43,14 +44,24 @@ def grouped_product(
     - `place`: where in the stack the first matrix is.
     - `dtype`: float32 or bfloat16, which rows are rounded to before they are multiplied, unless
         they are few or multiplied as whole numbers. Sums are in float32.
+    - `before`: given if the stack is bytes in which matrices lie as [k, n], and not as [n, k]: how
+        many of them are before the first. The results are the same to the bit.
 
     Under `shard_map` all must be of one type.
     """
     (rows, k), n = x.shape, scales.shape[1]
-    groups = scales.shape[0] // (weight.shape[0] // n)
+    groups = scales.shape[0] // (weight.size // (n * k))
     rounded = int(jnp.dtype(dtype) == jnp.bfloat16)
     whole = whole_numbers.is_fit(k, groups)
-    numbers = place, _threads(rows, n * k), groups, rounded, whole, counts
+    numbers = (
+        place,
+        _threads(rows, n * k),
+        groups,
+        rounded,
+        whole,
+        -1 if before is None else before,
+        counts,
+    )
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
     most = _most_blocks(rows, counts.shape[0], whole, k // groups)
     if whole:

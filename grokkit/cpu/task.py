@@ -5,12 +5,13 @@ result and of the packed rows; k, the groups of scales and n; whether to round t
 rows are multiplied as whole numbers; how many matrices any row meets, and addresses of three lists:
 which they are, where their rows begin and where their blocks of packed rows do; what is to be done,
 and into how many pieces it is cut. For matrices of floats, what their entries are, and the address
-of another list: how many outputs, or rows to add, are wanted of each.
+of another list: how many outputs, or rows to add, are wanted of each. Whether 8-bit matrices lie
+as [k, n] and not as [n, k].
 """
 
 X, WEIGHT, SCALES, OUT, PACKED, K, GROUPS, N, ROUNDED, WHOLE = range(10)
-MATRICES, MATRIX, ROWS, BLOCKS, WHAT, PIECES, ENTRY, REACH = range(10, 18)
-SIZE = 18
+MATRICES, MATRIX, ROWS, BLOCKS, WHAT, PIECES, ENTRY, REACH, K_FIRST = range(10, 19)
+SIZE = 19
 
 MULTIPLYING, PACKING, PRODUCTS, SUMS, ASKING = range(5)
 """What is done: 8-bit matrices are multiplied, or their rows packed; matrices of floats are

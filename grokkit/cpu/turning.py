@@ -13,6 +13,7 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu.instructions import (
     LANES,
+    address_of,
     called_from_c,
     compiled,
     instruction,
@@ -21,7 +22,7 @@ from grokkit.cpu.instructions import (
     words,
 )
 
-_LINE = 64
+LINE = 64
 """Bytes of a line of the caches. Lines are read whole, and once: where rows lie a power of two
 apart, many would have to share a few places of the cache. And they are written whole, past the
 caches: else each would first be read."""
@@ -66,16 +67,16 @@ def _function() -> Any:
 
 def _turn(source: int, n_rows: int, source_bytes: int, places_at: int, n_places: int) -> int:
     """Of addresses, and of distances from row to row in bytes."""
-    for i in range(0, n_rows, _LINE):
-        height, strip = min(_LINE, n_rows - i), source + i * source_bytes
+    for i in range(0, n_rows, LINE):
+        height, strip = min(LINE, n_rows - i), source + i * source_bytes
         for p in range(n_places):
             place = words(places_at + 8 * _PLACE * p, _PLACE)
             n_columns, target_bytes = place[1], place[3]
             a, b = strip + place[0], place[2] + i
-            aligned = b % _LINE == 0 and target_bytes % _LINE == 0 and height == _LINE
-            for j in range(0, n_columns, _LINE):
-                width, to = min(_LINE, n_columns - j), b + j * target_bytes
-                if aligned and width == _LINE:
+            aligned = b % LINE == 0 and target_bytes % LINE == 0 and height == LINE
+            for j in range(0, n_columns, LINE):
+                width, to = min(LINE, n_columns - j), b + j * target_bytes
+                if aligned and width == LINE:
                     _turn_square(a + j, source_bytes, to, target_bytes)
                 else:
                     _turn_bytes(a + j, height, width, source_bytes, to, target_bytes)
@@ -93,32 +94,67 @@ def _turn_bytes(
             to[i] = carray(pointer(source + i * source_bytes + j), 1, np.int8)[0]
 
 
-@instruction
-def _turn_square(typing_context, source, source_bytes, target, target_bytes):
-    """Write `_LINE` rows of as many bytes turned round."""
+def _square_turner(past_caches: bool) -> Any:
+    """A function for compiled code that writes `LINE` rows of as many bytes turned round."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, source_bytes, target, target_bytes = arguments
+    def turn_square(typing_context, source, source_bytes, target, target_bytes):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, source_bytes, target, target_bytes = arguments
 
-        def place(address: Any, i: int, row_bytes: Any) -> Any:
-            address = builder.add(address, builder.mul(cgutils.intp_t(i), row_bytes))
-            return builder.inttoptr(address, ir.VectorType(_BYTE, _LINE).as_pointer())
+            def place(address: Any, i: int, row_bytes: Any) -> Any:
+                address = builder.add(address, builder.mul(cgutils.intp_t(i), row_bytes))
+                return builder.inttoptr(address, ir.VectorType(_BYTE, LINE).as_pointer())
 
-        line_bytes, turned = cgutils.intp_t(_LINE), []  # of each lane a square
-        for first in range(0, _LINE, _LANE):
-            places = [place(source, first + i, source_bytes) for i in range(_LANE)]
-            for at in places:  # the next square's, which the processor does not foresee
-                prefetch(builder, builder.add(builder.ptrtoint(at, cgutils.intp_t), line_bytes))
-            turned.append(_turned(builder, [builder.load(at, align=1) for at in places]))
-        past_caches = builder.module.add_metadata([_WORD(1)])
-        for i, rows in enumerate(zip(*turned, strict=True)):
-            for lane, line in enumerate(_exchanged(builder, rows)):
-                at = place(target, _LANE * lane + i, target_bytes)
-                store = builder.store(line, at, align=_LINE)
-                store.set_metadata("nontemporal", past_caches)
-        return context.get_dummy_value()
+            # The next square's rows, which the processor does not foresee: on the right, or below.
+            line = cgutils.intp_t(LINE)
+            step = line if past_caches else builder.mul(line, source_bytes)
+            turned = []  # of each lane a square
+            for first in range(0, LINE, _LANE):
+                places = [place(source, first + i, source_bytes) for i in range(_LANE)]
+                for at in places:
+                    prefetch(builder, builder.add(builder.ptrtoint(at, cgutils.intp_t), step))
+                turned.append(_turned(builder, [builder.load(at, align=1) for at in places]))
+            for i, rows in enumerate(zip(*turned, strict=True)):
+                for lane, line in enumerate(_exchanged(builder, rows)):
+                    at = place(target, _LANE * lane + i, target_bytes)
+                    store = builder.store(line, at, align=LINE)
+                    if past_caches:
+                        only = builder.module.add_metadata([_WORD(1)])
+                        store.set_metadata("nontemporal", only)
+            return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 4), codegen
+        return types.void(*(types.int64,) * 4), codegen
+
+    return instruction(turn_square)
+
+
+_turn_square, _turn_square_into_cache = _square_turner(True), _square_turner(False)
+
+
+@compiled
+def turn_into_cache(
+    source: int, n_rows: int, n_columns: int, source_bytes: int, target: int, target_bytes: int
+) -> None:
+    """Write a matrix of bytes turned round, to be read at once.
+
+    Of addresses, and distances from row to row in bytes. It is fast where rows of what is written
+    begin at lines of the caches; of those there must be whole ones.
+    """
+    aligned = target % LINE == 0 and target_bytes % LINE == 0
+    square = np.empty((LINE, LINE), np.int8)
+    for i in range(0, n_rows, LINE):
+        height = min(LINE, n_rows - i)
+        for j in range(0, n_columns, LINE):
+            width = min(LINE, n_columns - j)
+            a, b = source + i * source_bytes + j, target + j * target_bytes + i
+            if not aligned or height < LINE:
+                _turn_bytes(a, height, width, source_bytes, b, target_bytes)
+            elif width == LINE:
+                _turn_square_into_cache(a, source_bytes, b, target_bytes)
+            else:  # the last columns; what is turned besides is in nobody's way
+                for row in range(LINE):
+                    square[row, :width] = carray(pointer(a + row * source_bytes), width, np.int8)
+                _turn_square_into_cache(address_of(square), LINE, b, target_bytes)
 
 
 def _turned(builder: Any, rows: list[Any]) -> list[Any]:
@@ -147,7 +183,7 @@ def _exchanged(builder: Any, rows: Any) -> list[Any]:
 
     def lanes(a: Any, b: Any, *which: int) -> Any:
         """Such lanes of the first row, and then of the second."""
-        ends = [first + _LANE * lane for first in (0, _LINE) for lane in which]
+        ends = [first + _LANE * lane for first in (0, LINE) for lane in which]
         return _shuffled(builder, a, b, [end + i for end in ends for i in range(_LANE)])
 
     a, b, c, d = rows

@@ -32,10 +32,10 @@ _VERSION = 3 << 32  # 0.3: the major number lies in the lower half
 
 # The first argument of a call is int32 numbers: what to do, as in `task`; where in the stack the
 # first matrix is; how many threads; and, of 8-bit matrices, how many groups, whether to round,
-# whether to multiply whole numbers, and how many rows meet each; or, of floats, what the entries
-# are, and how many outputs are wanted of each.
+# whether to multiply whole numbers, how many bytes are before those that lie as [k, n], or -1, and how
+# many rows meet each; or, of floats, what the entries are, and how many outputs are wanted of each.
 _WHAT, _PLACE, _THREADS = 0, 1, 2
-_GROUPS, _ROUNDED, _WHOLE, _COUNTS = 3, 4, 5, 6
+_GROUPS, _ROUNDED, _WHOLE, _BEFORE, _COUNTS = 3, 4, 5, 6, 7
 _ENTRY, _REACH = 3, 4
 
 
@@ -92,6 +92,9 @@ def _multiply(facts: Any, arguments: Any, results: Any) -> None:
     this[task.SCALES] = scales[_DATA] + 2 * place * groups * n
     this[task.GROUPS], this[task.MATRICES] = groups, met
     this[task.ROUNDED], this[task.WHOLE] = facts[_ROUNDED], facts[_WHOLE]
+    if facts[_BEFORE] >= 0:
+        this[task.K_FIRST] = 1
+        this[task.WEIGHT] += facts[_BEFORE]
     n_threads = facts[_THREADS]
     if blocks > 0:
         this[task.WHAT], this[task.PIECES] = task.PACKING, blocks

@@ -1,7 +1,6 @@
 """One tensor file: the golden bytes, CPython's own pickler, and damage."""
 
 import ctypes
-import dataclasses
 import errno
 import io
 import os
@@ -17,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokkit.checkpoint import encoded_size, read_tensor, tensor_file, write_tensor
+from grokkit.checkpoint import encoded_size, read_tensor, write_tensor
+from grokkit.checkpoint.pages import PAGE
 from grokkit.checkpoint.pickle_layout import Slot, layout, layout_size
 from grokkit.checkpoint.pickle_objects import Global
-from grokkit.checkpoint.tensor_file import PAGE, _opened_directly
+from grokkit.checkpoint.tensor_file import _opened_directly
 from grokkit.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -368,45 +368,6 @@ def test_a_file_that_changes_while_in_use(golden_files, tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         file.open(file.weight)
-
-
-def test_calling_for_a_part_of_a_file(golden_files, tmp_path, monkeypatch):
-    """In pieces that Linux takes notice of; a file that is gone is for who reads it to report."""
-    path = tmp_path / "large"
-    path.write_bytes(b"x" * 2_500_000)
-    file = dataclasses.replace(read_tensor(golden_files[0]), path=path)
-    called_for, there = [], set()
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: called_for.append(what))
-    monkeypatch.setattr(tensor_file, "_is_in_page_cache", lambda _, offset: offset in there)
-    file.call_for(100, 2_400_000)
-    pieces = [
-        (100, 1 << 20, os.POSIX_FADV_WILLNEED),
-        (100 + (1 << 20), 1 << 20, os.POSIX_FADV_WILLNEED),
-        (100 + (2 << 20), 2_400_000 - (2 << 20), os.POSIX_FADV_WILLNEED),
-    ]
-    assert called_for == pieces
-    there.add(100 + (1 << 20))
-    file.call_for(100, 2_400_000)
-    assert called_for[3:] == [pieces[0], pieces[2]]
-    path.unlink()
-    file.call_for(0, 10)
-    monkeypatch.delattr(os, "posix_fadvise")
-    file.call_for(0, 10)
-    assert len(called_for) == 5
-
-
-def test_what_the_page_cache_holds(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 10_000)
-    with open(path, "rb") as file:
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-        except (OSError, AttributeError) as e:
-            pytest.skip(f"neither system nor file system say: {e}")
-        assert tensor_file._is_in_page_cache(file.fileno(), 9_999)
-        assert not tensor_file._is_in_page_cache(file.fileno(), 10_000)  # nothing is there
-        monkeypatch.delattr(os, "RWF_NOWAIT")
-        assert not tensor_file._is_in_page_cache(file.fileno(), 0)
 
 
 @pytest.mark.parametrize("most", [1, 3, 5, 64])
