@@ -69,6 +69,11 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     return quant.as_stored(matrix, weight, Stored(sources[0].span.shape, before))
 
 
+def is_as_stored(plan: LeafPlan) -> bool:
+    """Whether a layer's leaf is a matrix as `as_stored` gives it: its file's bytes."""
+    return plan.dtype == np.int8 and len(plan.shape) == 1
+
+
 def can_be_mapped(plan: LeafPlan) -> bool:
     """Whether a leaf's parts are stretches of its file, on devices that can use them there."""
     (source, *more), places = plan.sources, _places(plan)

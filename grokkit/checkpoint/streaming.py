@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from grokkit.checkpoint import pages, slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
-from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped
+from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped, is_as_stored
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -36,8 +36,9 @@ class LayerReader:
 
         - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
         """
-        self._in_large_pages = pages.are_large(_largest_file(plans))
-        if self._in_large_pages:  # else files are best read into memory, and turned round there
+        if pages.are_large(
+            _largest_file(plans)
+        ):  # else files are best read into memory, and turned round there
             plans = as_stored(plans)
         leaves, self._treedef = jax.tree.flatten(plans)
         self.n_layers: int = leaves[0].shape[0]
@@ -45,16 +46,28 @@ class LayerReader:
             [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
         ]
         self._parts: list[dict[int, Parts]] = [{}, {}]
+        self.past_cache = self.nbytes > _KEPT * _physical_memory()
+        self._one_pass = threading.Lock()
+        self._bytes_read, self._seconds = 0, 0.0
+
+    @property
+    def past_cache(self) -> bool:
+        """Whether the page cache would not keep the files until the next pass. Then they are read
+        past it; or, matrices that are used in their files, taken out of it after use."""
+        return self._past_cache
+
+    @past_cache.setter
+    def past_cache(self, past_cache: bool) -> None:
+        self._past_cache = past_cache
         self._mapped = [
-            MappedLeaves({i: plan for i, plan in enumerate(layer) if can_be_mapped(plan)})
+            MappedLeaves({i: plan for i, plan in enumerate(layer) if self._is_mapped(plan)})
             for layer in self._plans
         ]
         self._in_memory: list[MappedLeaves | None] = [None, None]
-        self.past_cache = self.nbytes > _KEPT * _physical_memory()
-        """Whether the page cache would not keep the files until the next pass. Then they are read
-        past it; or, in large pages, by way of it, and taken out of it after use."""
-        self._one_pass = threading.Lock()
-        self._bytes_read, self._seconds = 0, 0.0
+
+    def _is_mapped(self, plan: LeafPlan) -> bool:
+        """Whether a leaf is used where it lies in the page cache."""
+        return can_be_mapped(plan) and (is_as_stored(plan) or not self.past_cache)
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +88,7 @@ class LayerReader:
         return self._bytes_read / self._seconds
 
     def _seconds_for(self, plan: LeafPlan) -> float:
-        if self._uses_maps and can_be_mapped(plan):
+        if self._is_mapped(plan):
             mapped = MappedLeaves({0: plan})
             with slabs.new_pool() as pool:
                 seconds = _timed(lambda: mapped.read(pool))[1]
@@ -83,11 +96,6 @@ class LayerReader:
             return seconds
         parts, past = [new_parts(plan)], self.past_cache
         return _timed(lambda: read_leaves([plan], parts, past_cache=past))[1]
-
-    @property
-    def _uses_maps(self) -> bool:
-        """Whether what can be mapped is used where it lies in the page cache."""
-        return self._in_large_pages or not self.past_cache
 
     def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
         """Shapes, dtypes and layouts of one layer."""
@@ -147,14 +155,12 @@ class LayerReader:
         copied, copied_then = self._copied(layer), self._copied(then)
 
         def read() -> list[Any]:
-            leaves: dict[int, Any] = {}
-            if self._uses_maps:
-                self._in_memory[layer % 2] = self._mapped[layer]
-                leaves |= self._mapped[layer].read(pool)
+            self._in_memory[layer % 2] = self._mapped[layer]
+            leaves: dict[int, Any] = {**self._mapped[layer].read(pool)}
             arrays = read_leaves(
                 [*copied.values()], self._parts_of(layer, copied),
                 then=([*copied_then.values()], self._parts_of(then, copied_then)),
-                past_cache=not self._uses_maps, pool=pool,
+                past_cache=self.past_cache, pool=pool,
             )  # fmt: skip
             leaves |= zip(copied, arrays, strict=True)
             return [leaves[i] for i in range(len(leaves))]
@@ -168,7 +174,7 @@ class LayerReader:
         """A layer's leaves that are not used where they lie in the page cache."""
         if layer is None:
             return {}
-        mapped = self._mapped[layer].plans if self._uses_maps else {}
+        mapped = self._mapped[layer].plans
         return {i: plan for i, plan in enumerate(self._plans[layer]) if i not in mapped}
 
     def _parts_of(self, layer: int | None, leaves: Iterable[int]) -> list[Parts]:
