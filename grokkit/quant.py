@@ -89,7 +89,7 @@ class Slot(eqx.Module):
 
 
 def n_first(q: QuantizedArray) -> QuantizedArray:
-    """The same, with the values as [*lead, n, k] if they are a file's bytes."""
+    """The same, with the values as `[*lead, n, k]` if they are a file's bytes."""
     if not q.stored:
         return q
     before = q.stored.before
