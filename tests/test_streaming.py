@@ -585,7 +585,7 @@ def test_one_device_uses_official_matrices_where_they_lie(golden_dir, past_cache
 
 @pytest.mark.usefixtures("large_pages")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_official_matrices_where_they_lie_give_the_resident_models_bits(
+def test_official_matrices_where_they_lie_give_the_bits_of_copies(
     golden_dir, dtype, tokens, monkeypatch
 ):
     mesh = grokkit.make_mesh(1, 1)

@@ -19,11 +19,11 @@ from grokkit import cpu, quant
 from grokkit.checkpoint import pages
 from grokkit.checkpoint.loading import LeafPlan
 from grokkit.checkpoint.pages import PAGE
-from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
+from grokkit.checkpoint.tensor_file import TensorFile
 from grokkit.quant import QuantizedArray, Stored
 
 _ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
-_MOST = 2**31 - _ALIGNMENT  # bytes that XLA counts in 32 bits
+_MOST = 2**31 - 1  # bytes that XLA counts in 32 bits
 
 
 def as_stored(plans: PyTree) -> PyTree:
@@ -38,35 +38,25 @@ def as_stored(plans: PyTree) -> PyTree:
 
 def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     plan: Any = matrix.weight
-    devices, sources = plan.sharding.device_set, plan.sources
-    before = sources[0].span.offset % _ALIGNMENT
-    can_be = (
-        cpu.is_there()
-        and sources[0].span.nbytes < _MOST
-        and [device.platform for device in devices] == ["cpu"]
-        and all(
-            isinstance(source.file, TensorFile)
-            and source.turned
-            and source.span.dtype == plan.dtype
-            and source.span.offset % _ALIGNMENT == before
-            for source in sources
-        )
-    )
-    if not can_be:
+    first = plan.sources[0].span
+    before = first.offset % _ALIGNMENT
+    n_layers, n_bytes = len(plan.sources), before + first.nbytes
+    is_turned = all(source.turned for source in plan.sources)
+    if not (cpu.is_there() and is_turned and n_bytes <= _MOST and plan.sharding.num_devices == 1):
         return matrix
-    n_layers, n_bytes = len(sources), before + sources[0].span.nbytes
-    as_bytes = tuple(
-        dataclasses.replace(
-            source,
-            turned=False,
-            span=ArraySpan(plan.dtype, (n_bytes,), source.span.offset - before),
-        )
-        for source in sources
-    )
+
+    def as_bytes(source: Any) -> Any:
+        offset = source.span.offset - before
+        span = dataclasses.replace(source.span, shape=(n_bytes,), offset=offset)
+        return dataclasses.replace(source, turned=False, span=span)
+
     axes = [axis for axis in plan.sharding.spec if axis is not None]
     sharding = NamedSharding(plan.sharding.mesh, PartitionSpec(None, *axes))
-    weight = LeafPlan((n_layers, n_bytes), plan.dtype, sharding, as_bytes)
-    return quant.as_stored(matrix, weight, Stored(sources[0].span.shape, before))
+    sources = tuple(map(as_bytes, plan.sources))
+    weight = LeafPlan((n_layers, n_bytes), plan.dtype, sharding, sources)
+    if not all(can_be_mapped(weight.layer(i)) for i in range(n_layers)):
+        return matrix
+    return quant.as_stored(matrix, weight, Stored(first.shape, before))
 
 
 def is_as_stored(plan: LeafPlan) -> bool:

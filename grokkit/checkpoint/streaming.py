@@ -36,9 +36,8 @@ class LayerReader:
 
         - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
         """
-        if pages.are_large(
-            _largest_file(plans)
-        ):  # else files are best read into memory, and turned round there
+        # Without large pages files are best read into memory, and turned round on the way.
+        if pages.are_large(_largest_file(plans)):
             plans = as_stored(plans)
         leaves, self._treedef = jax.tree.flatten(plans)
         self.n_layers: int = leaves[0].shape[0]

@@ -53,15 +53,8 @@ def grouped_product(
     groups = scales.shape[0] // (weight.size // (n * k))
     rounded = int(jnp.dtype(dtype) == jnp.bfloat16)
     whole = whole_numbers.is_fit(k, groups)
-    numbers = (
-        place,
-        _threads(rows, n * k),
-        groups,
-        rounded,
-        whole,
-        -1 if before is None else before,
-        counts,
-    )
+    skipped = -1 if before is None else before
+    numbers = place, _threads(rows, n * k), groups, rounded, whole, skipped, counts
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
     most = _most_blocks(rows, counts.shape[0], whole, k // groups)
     if whole:

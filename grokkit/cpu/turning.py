@@ -95,7 +95,8 @@ def _turn_bytes(
 
 
 def _square_turner(past_caches: bool) -> Any:
-    """A function for compiled code that writes `LINE` rows of as many bytes turned round."""
+    """A function for compiled code that writes `LINE` rows of as many bytes turned round: past the
+    caches, or into them."""
 
     def turn_square(typing_context, source, source_bytes, target, target_bytes):
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -106,20 +107,20 @@ def _square_turner(past_caches: bool) -> Any:
                 return builder.inttoptr(address, ir.VectorType(_BYTE, LINE).as_pointer())
 
             # The next square's rows, which the processor does not foresee: on the right, or below.
-            line = cgutils.intp_t(LINE)
-            step = line if past_caches else builder.mul(line, source_bytes)
+            rows_on = builder.mul(cgutils.intp_t(LINE), source_bytes)
+            step = cgutils.intp_t(LINE) if past_caches else rows_on
             turned = []  # of each lane a square
             for first in range(0, LINE, _LANE):
                 places = [place(source, first + i, source_bytes) for i in range(_LANE)]
                 for at in places:
                     prefetch(builder, builder.add(builder.ptrtoint(at, cgutils.intp_t), step))
                 turned.append(_turned(builder, [builder.load(at, align=1) for at in places]))
+            only = builder.module.add_metadata([_WORD(1)])
             for i, rows in enumerate(zip(*turned, strict=True)):
                 for lane, line in enumerate(_exchanged(builder, rows)):
                     at = place(target, _LANE * lane + i, target_bytes)
                     store = builder.store(line, at, align=LINE)
                     if past_caches:
-                        only = builder.module.add_metadata([_WORD(1)])
                         store.set_metadata("nontemporal", only)
             return context.get_dummy_value()
 
@@ -138,7 +139,7 @@ def turn_into_cache(
     """Write a matrix of bytes turned round, to be read at once.
 
     Of addresses, and distances from row to row in bytes. It is fast where rows of what is written
-    begin at lines of the caches; of those there must be whole ones.
+    begin at lines of the caches; there must be room for a multiple of `LINE` of them.
     """
     aligned = target % LINE == 0 and target_bytes % LINE == 0
     square = np.empty((LINE, LINE), np.int8)

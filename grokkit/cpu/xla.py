@@ -32,8 +32,9 @@ _VERSION = 3 << 32  # 0.3: the major number lies in the lower half
 
 # The first argument of a call is int32 numbers: what to do, as in `task`; where in the stack the
 # first matrix is; how many threads; and, of 8-bit matrices, how many groups, whether to round,
-# whether to multiply whole numbers, how many bytes are before those that lie as [k, n], or -1, and how
-# many rows meet each; or, of floats, what the entries are, and how many outputs are wanted of each.
+# whether to multiply whole numbers, how many bytes are before those that lie as [k, n], or -1, and
+# how many rows meet each; or, of floats, what the entries are, and how many outputs are wanted of
+# each.
 _WHAT, _PLACE, _THREADS = 0, 1, 2
 _GROUPS, _ROUNDED, _WHOLE, _BEFORE, _COUNTS = 3, 4, 5, 6, 7
 _ENTRY, _REACH = 3, 4
