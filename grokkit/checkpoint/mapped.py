@@ -39,7 +39,7 @@ def as_stored(plans: PyTree) -> PyTree:
 def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     plan: Any = matrix.weight
     first = plan.sources[0].span
-    before = first.offset % _ALIGNMENT
+    before = first.offset % PAGE
     n_layers, n_bytes = len(plan.sources), before + first.nbytes
     is_turned = all(source.turned for source in plan.sources)
     if not (cpu.is_there() and is_turned and n_bytes <= _MOST and plan.sharding.num_devices == 1):
@@ -57,11 +57,6 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     if not all(can_be_mapped(weight.layer(i)) for i in range(n_layers)):
         return matrix
     return quant.as_stored(matrix, weight, Stored(first.shape, before))
-
-
-def is_as_stored(plan: LeafPlan) -> bool:
-    """Whether a layer's leaf is a matrix as `as_stored` gives it: its file's bytes."""
-    return plan.dtype == np.int8 and len(plan.shape) == 1
 
 
 def can_be_mapped(plan: LeafPlan) -> bool:
@@ -138,19 +133,11 @@ class MappedLeaves:
             stretch.result()
         return {i: leaf for i, (_, leaf) in self._mapped.items()}
 
-    def let_go(self, for_good: bool = False) -> None:
+    def let_go(self) -> None:
         """Give the pages back: the system may keep them, but they do not count as this process's
-        memory any more. To use the leaves is to read them again.
-
-        **Arguments:**
-
-        - `for_good`: see that the system does not keep them.
-        """
-        for i, (values, _) in self._mapped.items():
+        memory any more. To use the leaves is to read them again."""
+        for values, _ in self._mapped.values():
             pages.let_go(*pages.of_array(values))
-            if for_good:
-                source = self.plans[i].sources[0]
-                pages.forget(source.file.path, source.span.offset, source.span.nbytes)
 
 
 def _map(plan: LeafPlan) -> tuple[np.ndarray, Array]:

@@ -250,8 +250,9 @@ class _Part:
 
 
 def _part(span: ArraySpan, place: Place, turned: bool) -> _Part:
-    shape: tuple[int, ...] = (1, 1, *span.shape)[-max(3, len(span.shape)) :]
-    index = (*(slice(None),) * (len(shape) - len(place.index)), *place.index)
+    shape = _matrices(span)
+    index = (*place.index, slice(None)) if len(span.shape) == 1 else place.index
+    index = (*(slice(None),) * (len(shape) - len(index)), *index)
     ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
     *lead, rows, columns = ranges
     first = lead[0]
@@ -267,6 +268,12 @@ def _part(span: ArraySpan, place: Place, turned: bool) -> _Part:
     )  # fmt: skip
 
 
+def _matrices(span: ArraySpan) -> tuple[int, ...]:
+    """An array's shape, of [lead, row, column] at least. A list is a column: that can be cut."""
+    shape = (*span.shape, 1) if len(span.shape) == 1 else span.shape
+    return (*(1,) * (3 - len(shape)), *shape)
+
+
 class _Slab(NamedTuple):
     """Consecutive rows of one matrix."""
 
@@ -280,7 +287,7 @@ class _Slab(NamedTuple):
 
 def _slabs(span: ArraySpan, parts: Sequence[_Part], turned: bool) -> list[_Slab]:
     """Every row that some part needs, once."""
-    row_bytes = (1, *span.shape)[-1] * span.dtype.itemsize
+    row_bytes = _matrices(span)[-1] * span.dtype.itemsize
     most = max(1, _SLAB // row_bytes)
     if turned and most > _TURNED_ROWS:
         # Turning is fast where they begin at the lines of the result.
@@ -319,7 +326,7 @@ class _Layout:
     def of(span: ArraySpan, columns: slice) -> "_Layout":
         size = span.dtype.itemsize
         width = (columns.stop - columns.start) * size
-        n_rows, n_columns = (1, 1, *span.shape)[-2:]
+        *_, n_rows, n_columns = _matrices(span)
         return _Layout(span, n_rows, n_columns * size, columns.start * size, width)
 
     def buffer(self, memory: np.ndarray, n: int) -> "_Buffer":

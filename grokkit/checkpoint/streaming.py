@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from grokkit.checkpoint import pages, slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
-from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped, is_as_stored
+from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -36,28 +36,29 @@ class LayerReader:
 
         - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
         """
-        # Without large pages files are best read into memory, and turned round on the way.
-        if pages.are_large(_largest_file(plans)):
-            plans = as_stored(plans)
-        leaves, self._treedef = jax.tree.flatten(plans)
+        self._stack, leaves = plans, jax.tree.leaves(plans)
         self.n_layers: int = leaves[0].shape[0]
-        self._plans: list[list[LeafPlan]] = [
-            [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
-        ]
-        self._parts: list[dict[int, Parts]] = [{}, {}]
-        self.past_cache = self.nbytes > _KEPT * _physical_memory()
+        self.past_cache = sum(plan.nbytes for plan in leaves) > _KEPT * _physical_memory()
         self._one_pass = threading.Lock()
         self._bytes_read, self._seconds = 0, 0.0
 
     @property
     def past_cache(self) -> bool:
-        """Whether the page cache would not keep the files until the next pass. Then they are read
-        past it; or, matrices that are used in their files, taken out of it after use."""
+        """Whether the files are read past the page cache, which would not keep them until the next
+        pass."""
         return self._past_cache
 
     @past_cache.setter
     def past_cache(self, past_cache: bool) -> None:
-        self._past_cache = past_cache
+        self._past_cache, plans = past_cache, self._stack
+        # What is copied out of the page cache is best turned round on the way.
+        if past_cache or pages.are_large(_largest_file(plans)):
+            plans = as_stored(plans)
+        leaves, self._treedef = jax.tree.flatten(plans)
+        self._plans: list[list[LeafPlan]] = [
+            [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
+        ]
+        self._parts: list[dict[int, Parts]] = [{}, {}]
         self._mapped = [
             MappedLeaves({i: plan for i, plan in enumerate(layer) if self._is_mapped(plan)})
             for layer in self._plans
@@ -66,7 +67,7 @@ class LayerReader:
 
     def _is_mapped(self, plan: LeafPlan) -> bool:
         """Whether a leaf is used where it lies in the page cache."""
-        return can_be_mapped(plan) and (is_as_stored(plan) or not self.past_cache)
+        return not self.past_cache and can_be_mapped(plan)
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +92,7 @@ class LayerReader:
             mapped = MappedLeaves({0: plan})
             with slabs.new_pool() as pool:
                 seconds = _timed(lambda: mapped.read(pool))[1]
-            mapped.let_go(for_good=self.past_cache)
+            mapped.let_go()
             return seconds
         parts, past = [new_parts(plan)], self.past_cache
         return _timed(lambda: read_leaves([plan], parts, past_cache=past))[1]
@@ -149,7 +150,7 @@ class LayerReader:
     def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
         """One layer; the other is the one that will be read after it."""
         if before := self._in_memory[layer % 2]:
-            before.let_go(for_good=self.past_cache)
+            before.let_go()
         then = None if self.past_cache else then  # nobody would be told
         copied, copied_then = self._copied(layer), self._copied(then)
 

@@ -78,21 +78,41 @@ def test_slabs_of_any_size_by_several_threads(matrices, turned, rows, past_cache
         assert np.array_equal(place.memory, part.swapaxes(-1, -2) if turned else part)
 
 
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_a_list_is_cut_into_slabs(tmp_path, past_cache, monkeypatch):
+    """Parts of it too, which begin anywhere."""
+    values = np.random.default_rng(0).normal(size=3001).astype(np.float32)
+    (tmp_path / "file").write_bytes(bytes(100) + values.tobytes())
+    span = ArraySpan(np.dtype(np.float32), (3001,), 100)
+    file = TensorFile(tmp_path / "file", 100 + values.nbytes, span)
+    monkeypatch.setattr(slabs, "_SLAB", 4096)
+    device, done = jax.devices()[0], []
+    places = [
+        slabs.Place((slice(first, last),), np.zeros(last - first, np.float32), device)
+        for first, last in ((0, 1300), (1300, 3001))
+    ]
+    wanted = slabs.Wanted(file, span, False, places)
+    slabs.fill([wanted], done.append, past_cache=past_cache)
+    assert np.array_equal(np.concatenate([place.memory for place in places]), values)
+    assert len(done) == 4 and sum(done) == values.nbytes
+
+
+@pytest.mark.parametrize("shape", [(8, 1024), (8192,)])
 @pytest.mark.parametrize(("start", "is_direct"), [(PAGE, True), (PAGE + 64, False)])
 def test_past_the_page_cache_whole_blocks_go_straight_to_where_they_belong(
-    start, is_direct, tmp_path, monkeypatch
+    start, is_direct, shape, tmp_path, monkeypatch
 ):
-    values, offset = entries(8, 1024), start
+    values, offset = entries(*shape), start
     (tmp_path / "file").write_bytes(bytes(offset) + values.tobytes())
-    span = ArraySpan(np.dtype(np.int8), (8, 1024), offset)
+    span = ArraySpan(np.dtype(np.int8), shape, offset)
     file = TensorFile(tmp_path / "file", offset + values.nbytes, span)
     with file.reading_past_cache() as reader:
         if reader.descriptor is None:
             pytest.skip("this system, or this file system, has no reading past the page cache")
     detours, read = [], DirectReader.read
     monkeypatch.setattr(DirectReader, "read", lambda *a: detours.append(1) or read(*a))
-    memory = HostPart(jax.devices()[0], (8, 1024), np.dtype(np.int8)).memory
-    place = slabs.Place((slice(0, 8), slice(0, 1024)), memory, jax.devices()[0])
+    memory = HostPart(jax.devices()[0], shape, np.dtype(np.int8)).memory
+    place = slabs.Place(tuple(slice(0, n) for n in shape), memory, jax.devices()[0])
     slabs.fill([slabs.Wanted(file, span, False, [place])], past_cache=True)
     assert np.array_equal(memory, values)
     assert (not detours) == is_direct
