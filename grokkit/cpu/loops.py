@@ -34,9 +34,6 @@ from grokkit.cpu.turning import LINE, turn_into_cache
 
 _multiply_few = few_rows.multiplier(INT8)
 
-_TURNED = 4 * many_rows.PANELS
-"""Columns that are turned round at once: whole lines of the caches, and whole panels."""
-
 
 def piece_runner(version: int) -> Any:
     """What runs a piece of a task.
@@ -68,18 +65,20 @@ def piece_runner(version: int) -> Any:
         """Some outputs of a matrix that lies as [k, n]: a few columns after the other are turned
         round, and used while they are in the caches."""
         k, n, matrix = task[K], task[N], words(task[MATRIX], task[MATRICES])[i]
-        source = task[WEIGHT] + matrix * n * k
+        source, columns = task[WEIGHT] + matrix * n * k, many_rows.TURNED
         before = source % LINE  # columns begin at lines; the first of them may be the file's header
-        units = -(-(n + before) // _TURNED)
-        room = np.empty(_TURNED * k + LINE, np.int8)
+        units = -(-(n + before) // columns)
+        by_block = task[WHOLE] == 0 and not has_few(task, i)  # turned round by who multiplies
+        room = np.empty(LINE if by_block else columns * k + LINE, np.int8)
         this = task.copy()
         for unit in range(units * part // parts, units * (part + 1) // parts):
-            start = unit * _TURNED - before
-            stop = min(n, start + _TURNED)
-            # Within the loop: memory whose name is not used any more is let go.
-            turned = address_of(room) + -address_of(room) % LINE
-            turn_into_cache(source + start, k, stop - start, n, turned, k)
-            this[WEIGHT] = turned - (matrix * n + start) * k
+            start = unit * columns - before
+            stop = min(n, start + columns)
+            if not by_block:
+                # Within the loop: memory whose name is not used any more is let go.
+                turned = address_of(room) + -address_of(room) % LINE
+                turn_into_cache(source + start, k, stop - start, n, turned, k)
+                this[WEIGHT] = turned - (matrix * n + start) * k
             multiply(this, i, max(0, start), stop)
 
     @compiled

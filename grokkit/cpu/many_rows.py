@@ -1,7 +1,8 @@
 """Products of many rows with 8-bit matrices.
 
 Rows are first laid side by side, `LANES` at a time, in what is called packed here; then each block
-of a matrix is turned into floats once for all of them (`wide_tiles`).
+of a matrix is turned into floats once for all of them (`wide_tiles`). Of a matrix that lies as
+[k, n] a block is turned round before; meanwhile, the next one comes from memory.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from grokkit.cpu.instructions import HAS_BFLOAT16_PAIRS, LANES, address_of, comp
 from grokkit.cpu.task import (
     BLOCKS,
     GROUPS,
+    K_FIRST,
     MATRICES,
     MATRIX,
     OUT,
@@ -25,11 +27,13 @@ from grokkit.cpu.task import (
     N,
     X,
 )
-from grokkit.cpu.turning import turn_words
+from grokkit.cpu.turning import LINE, turn_into_cache, turn_words
 from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, wide_tile
 
 PANELS = 8 * OUTPUTS
 """Outputs whose sums are kept while the entries are gone through."""
+TURNED = 4 * PANELS
+"""The same, where blocks are turned round: whole lines of the caches."""
 _MOST = 256 // LANES
 """Vectors of rows whose sums are kept."""
 _CHUNK = 256
@@ -74,17 +78,19 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     vectors = words(task[BLOCKS], task[MATRICES] + 1)
     paired = is_paired(task[ROUNDED], k, task[GROUPS])
     vector_bytes = (2 if paired else 4) * LANES * k
-    totals = np.empty((PANELS, _TOTALS), np.float32)
+    panels = TURNED if task[K_FIRST] else PANELS
+    totals = np.empty((panels, _TOTALS), np.float32)
+    block = np.empty((TURNED * _CHUNK if task[K_FIRST] else 0) + LINE, np.int8)
     panel = np.zeros((OUTPUTS, _CHUNK + LANES), np.float32)
     scales = np.zeros(OUTPUTS, np.float32)
     for v in range(vectors[i], vectors[i + 1], _MOST):
         some, row = min(_MOST, vectors[i + 1] - v), starts[i] + (v - vectors[i]) * LANES
         rows = min(some * LANES, starts[i + 1] - row)
-        for start in range(first, last, PANELS):
-            outputs = min(PANELS, last - start)
+        for start in range(first, last, panels):
+            outputs = min(panels, last - start)
             totals[:] = 0
             x = task[PACKED] + v * vector_bytes
-            _sum_up(task, i, start, outputs, some, x, totals, panel, scales)
+            _sum_up(task, i, start, outputs, some, x, totals, panel, scales, block)
             to = task[OUT] + 4 * (n * row + start)
             turn_words(address_of(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
 
@@ -92,13 +98,14 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
 @compiled
 def _sum_up(
     task: Any, i: int, start: int, outputs: int, vectors: int, x: int, totals: Any, panel: Any,
-    scales: Any,
+    scales: Any, block: Any,
 ) -> None:  # fmt: skip
     """Add to the totals of some outputs all their products with some vectors of packed rows."""
     k, n, groups = task[K], task[N], task[GROUPS]
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
-    weight = task[WEIGHT] + (matrix * n + start) * k
+    weight = task[WEIGHT] + matrix * n * k + start * (1 if task[K_FIRST] else k)
+    turned = address_of(block) + -address_of(block) % LINE
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     entry_bytes = (2 if paired else 4) * LANES
     panel_at, panel_bytes = address_of(panel), 4 * panel.shape[1]
@@ -108,23 +115,42 @@ def _sum_up(
         for chunk in range(g * group, (g + 1) * group, _CHUNK):
             entries = min(_CHUNK, (g + 1) * group - chunk)
             steps = entries // 2 if paired else entries
+            block_at, output_bytes, next_at = weight + chunk, k, np.int64(0)
+            if task[K_FIRST]:
+                turn_into_cache(weight + chunk * n, entries, outputs, n, turned, _CHUNK)
+                block_at, output_bytes = turned, _CHUNK
+                end = chunk + entries
+                next_at = weight + (end * n if end < k else outputs)
             for j in range(0, outputs, OUTPUTS):
                 for o in range(min(OUTPUTS, outputs - j)):
-                    source, target = weight + (j + o) * k + chunk, panel_at + o * panel_bytes
+                    source = block_at + (j + o) * output_bytes
+                    soon, line_bytes = source + _AHEAD * k, LINE
+                    if task[K_FIRST]:
+                        soon, line_bytes = _in_next_block(next_at, j + o, entries, n), n
+                    numbers = source, panel_at + o * panel_bytes, entries
                     if paired:
-                        _as_halves(source, target, entries, source + _AHEAD * k)
+                        _as_halves(*numbers, soon, line_bytes)
                     else:
-                        _as_floats(source, target, entries, source + _AHEAD * k)
+                        _as_floats(*numbers, soon, line_bytes)
                     scale_bits[o] = np.uint32(bits[g, start + j + o]) << np.uint32(16)
                 how = (panel_at, panel_bytes, steps, address_of(scales))
                 for t in range(tiles):
                     a, b = vectors * t // tiles, vectors * (t + 1) // tiles
                     to = address_of(totals) + 4 * (j * _TOTALS + a * LANES)
-                    at = x + a * k * entry_bytes + chunk * entry_bytes
+                    rows = x + a * k * entry_bytes + chunk * entry_bytes
                     if paired:
-                        _add_pairs(b - a, at, k * entry_bytes, how, to)
+                        _add_pairs(b - a, rows, k * entry_bytes, how, to)
                     else:
-                        _add_entries(b - a, at, k * entry_bytes, how, to)
+                        _add_entries(b - a, rows, k * entry_bytes, how, to)
+
+
+@compiled
+def _in_next_block(address: int, output: int, entries: int, n: int) -> int:
+    """Which line of the next block, [entry, output], to begin at beside an output of this one. As
+    many are called for as the output's entries fill here, of entries that follow each other: so that
+    all outputs together call for each line once."""
+    some = -(-entries // LINE)
+    return address + output // LINE * LINE + output % LINE * some * n
 
 
 _STRIP = 64

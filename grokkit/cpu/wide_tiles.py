@@ -89,14 +89,15 @@ def converter(pairs: bool) -> Any:
     """A function for compiled code that turns int8 entries into a panel's numbers.
 
     Its arguments are integers: the address of the entries, of the numbers, and how many; and of
-    the entries that will be wanted soon, which are called for from memory.
+    what will be wanted soon, which is called for from memory, and how far one line of that is from
+    the next.
     """
 
-    def convert(typing_context, entries, numbers, n, soon):
+    def convert(typing_context, entries, numbers, n, soon, line_bytes):
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            entries, numbers, n, soon = arguments
+            entries, numbers, n, soon, line_bytes = arguments
             with cgutils.for_range_slice(builder, _I64(0), n, _I64(64)) as (i, _):
-                prefetch(builder, builder.add(soon, i))
+                prefetch(builder, _on(builder, soon, builder.sdiv(i, _I64(64)), line_bytes))
             whole = builder.mul(builder.sdiv(n, _I64(2 * LANES)), _I64(2 * LANES))
             for first, last, width in ((_I64(0), whole, 2 * LANES), (whole, n, 1)):
                 with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
@@ -109,7 +110,7 @@ def converter(pairs: bool) -> Any:
                     )
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 4), codegen
+        return types.void(*(types.int64,) * 5), codegen
 
     return instruction(convert)
 
