@@ -124,10 +124,10 @@ def test_gradient_is_the_product_with_the_transpose(form, dtype, n_rows):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("n_rows", ROWS)
-@pytest.mark.parametrize(("k", "n"), [(128, 460), (64, 192), (192, 64), (100, 72)])
+@pytest.mark.parametrize("n_rows", [*ROWS, 300])
+@pytest.mark.parametrize(("k", "n"), [(128, 460), (64, 192), (192, 64), (100, 72), (1100, 210)])
 def test_matrices_in_a_file_give_the_same_bits(dtype, n_rows, k, n):
-    """Of whole lines of the caches and of parts, in columns of several blocks and of one."""
+    """Of whole lines of the caches and of parts, in several blocks each way and in one."""
     q = make(3, 2, k, n, groups=2)
     x = np.random.default_rng(3).normal(size=(n_rows, k)).astype(np.float32)
     found = run("on_cpu, in a file", x, index(q, 1), dtype)

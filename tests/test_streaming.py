@@ -630,14 +630,15 @@ def test_official_matrices_that_cannot_be_used_where_they_lie(golden_dir):
             assert found.moe.gate is plans.moe.gate
         else:
             source = plans.moe.gate.weight.sources[1]
-            span = dataclasses.replace(source.span, offset=source.span.offset + 1)
-            sources = list(plans.moe.gate.weight.sources)
-            sources[1] = dataclasses.replace(source, span=span)
-            weight = dataclasses.replace(plans.moe.gate.weight, sources=tuple(sources))
-            matrix = jax.tree.unflatten(
-                jax.tree.structure(plans.moe.gate), [weight, plans.moe.gate.scales]
-            )
-            assert mapped.as_stored(matrix) is matrix
+            for more in (1, -64):
+                span = dataclasses.replace(source.span, offset=source.span.offset + more)
+                sources = list(plans.moe.gate.weight.sources)
+                sources[1] = dataclasses.replace(source, span=span)
+                weight = dataclasses.replace(plans.moe.gate.weight, sources=tuple(sources))
+                matrix = jax.tree.unflatten(
+                    jax.tree.structure(plans.moe.gate), [weight, plans.moe.gate.scales]
+                )
+                assert mapped.as_stored(matrix) is matrix
 
 
 @pytest.mark.parametrize("what", ["turned", "other dtype", "unaligned", "cut", "accelerator"])

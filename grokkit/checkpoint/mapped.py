@@ -1,7 +1,8 @@
 """Arrays that are the very pages of their files, which nothing copies.
 
 That is possible on CPU devices, for what lies in a file just as the model holds it; and on one such
-device for the 8-bit matrices of official files, which its products take as they are.
+device for the 8-bit matrices of official files, which its products take as they are, in the file's
+pages or in other memory.
 """
 
 import dataclasses
@@ -39,10 +40,10 @@ def as_stored(plans: PyTree) -> PyTree:
 def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     plan: Any = matrix.weight
     first = plan.sources[0].span
-    before = first.offset % PAGE
+    before = first.offset % PAGE  # so that whole pages can be read, past the page cache
     n_layers, n_bytes = len(plan.sources), before + first.nbytes
-    is_turned = all(source.turned for source in plan.sources)
-    if not (cpu.is_there() and is_turned and n_bytes <= _MOST and plan.sharding.num_devices == 1):
+    are_fit = all(source.turned and source.span.offset >= before for source in plan.sources)
+    if not (cpu.is_there() and are_fit and n_bytes <= _MOST and plan.sharding.num_devices == 1):
         return matrix
 
     def as_bytes(source: Any) -> Any:

@@ -25,8 +25,8 @@ class LayerReader:
     """Gives the layers of a stack that stays on disk, at most two of them in memory at a time.
 
     On a CPU both layers' memory is made once and used again, so that a layer must not be used
-    any more when the next is asked for. What one device can use where it lies in the page cache is
-    not copied: see `grokkit.checkpoint.mapped`.
+    any more when the next is asked for. What one device can use as it lies in its file is read so,
+    or used in the page cache and not copied at all: see `grokkit.checkpoint.mapped`.
     """
 
     def __init__(self, plans: PyTree) -> None:
