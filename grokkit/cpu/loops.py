@@ -11,7 +11,7 @@ import numpy as np
 
 from grokkit.cpu import few_rows, float_rows, many_rows, whole_numbers
 from grokkit.cpu.amx import SIDE
-from grokkit.cpu.instructions import HAS_AMX, address_of, compiled, words
+from grokkit.cpu.instructions import HAS_AMX, compiled, words
 from grokkit.cpu.task import (
     GROUPS,
     INT8,
@@ -30,7 +30,7 @@ from grokkit.cpu.task import (
     K,
     N,
 )
-from grokkit.cpu.turning import LINE, turn_into_cache
+from grokkit.cpu.turning import LINE, first_line, turn_into_cache
 
 _multiply_few = few_rows.multiplier(INT8)
 
@@ -76,7 +76,7 @@ def piece_runner(version: int) -> Any:
             stop = min(n, start + columns)
             if not by_block:
                 # Within the loop: memory whose name is not used any more is let go.
-                turned = address_of(room) + -address_of(room) % LINE
+                turned = first_line(room)
                 turn_into_cache(source + start, k, stop - start, n, turned, k)
                 this[WEIGHT] = turned - (matrix * n + start) * k
             multiply(this, i, max(0, start), stop)

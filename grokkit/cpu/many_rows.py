@@ -27,7 +27,7 @@ from grokkit.cpu.task import (
     N,
     X,
 )
-from grokkit.cpu.turning import LINE, turn_into_cache, turn_words
+from grokkit.cpu.turning import LINE, first_line, turn_into_cache, turn_words
 from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, wide_tile
 
 PANELS = 8 * OUTPUTS
@@ -105,7 +105,7 @@ def _sum_up(
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
     weight = task[WEIGHT] + matrix * n * k + start * (1 if task[K_FIRST] else k)
-    turned = address_of(block) + -address_of(block) % LINE
+    turned = first_line(block)
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     entry_bytes = (2 if paired else 4) * LANES
     panel_at, panel_bytes = address_of(panel), 4 * panel.shape[1]

@@ -133,6 +133,12 @@ _turn_square, _turn_square_into_cache = _square_turner(True), _square_turner(Fal
 
 
 @compiled
+def first_line(memory: Any) -> int:
+    """The address of the first line of the caches that begins in some memory."""
+    return address_of(memory) + -address_of(memory) % LINE
+
+
+@compiled
 def turn_into_cache(
     source: int, n_rows: int, n_columns: int, source_bytes: int, target: int, target_bytes: int
 ) -> None:
