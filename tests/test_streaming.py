@@ -461,10 +461,14 @@ def converted(golden_dir, tmp_path_factory):
     return target
 
 
-def reader_of(directory, n_devices=1):
+def plans_of(directory, n_devices=1):
     checkpoint = open_checkpoint(directory)
     specs = param_specs(checkpoint.config)
-    return LayerReader(plan_params(checkpoint, specs, grokkit.make_mesh(1, n_devices)).blocks)
+    return plan_params(checkpoint, specs, grokkit.make_mesh(1, n_devices)).blocks
+
+
+def reader_of(directory, n_devices=1):
+    return LayerReader(plans_of(directory, n_devices))
 
 
 def resident_bytes(directory):
@@ -550,16 +554,9 @@ def test_a_mapped_file_that_cannot_be_read_is_named(converted, monkeypatch):
         next(reader_of(converted).layers())
 
 
-@pytest.fixture
-def large_pages(monkeypatch):
-    """As where the page cache has large pages, and files are larger than these."""
-    monkeypatch.setattr(pages, "are_large", lambda path: True)
-
-
 @pytest.mark.parametrize("past_cache", [False, True])
-def test_one_device_uses_official_matrices_as_they_lie(golden_dir, past_cache, monkeypatch):
-    """In the page cache, if that has large pages; or read past it, whatever that has."""
-    monkeypatch.setattr(pages, "are_large", lambda path: not past_cache)
+def test_one_device_uses_official_matrices_as_they_lie(golden_dir, past_cache):
+    """In the page cache, or read past it."""
     reader, copying = reader_of(golden_dir), reader_of(golden_dir, 2)
     assert not reader.past_cache
     reader.past_cache = past_cache
@@ -589,24 +586,26 @@ def test_one_device_uses_official_matrices_as_they_lie(golden_dir, past_cache, m
     assert reader.rate() > 0
 
 
-@pytest.mark.usefixtures("large_pages")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_official_matrices_where_they_lie_give_the_bits_of_copies(
-    golden_dir, dtype, tokens, monkeypatch
-):
-    mesh = grokkit.make_mesh(1, 1)
-    lm = grokkit.load(golden_dir, mesh, dtype, progress=False)
-    streamed = grokkit.load(golden_dir, mesh, dtype, progress=False, stream=True)
+def test_official_matrices_as_they_lie_give_the_results_of_turned_ones(golden_dir, tokens):
+    """Products of few rows are summed in another order, and no others."""
+
+    def load(dtype, stream):
+        mesh = grokkit.make_mesh(1, 1)
+        return grokkit.load(golden_dir, mesh, dtype, progress=False, stream=stream)
+
+    lm, streamed, rounded, rounded_streamed = (
+        load(dtype, stream) for dtype in ("float32", "bfloat16") for stream in (False, True)
+    )
     assert streamed.runnable.reader.abstract().moe.gate.stored
-    monkeypatch.setattr(pages, "are_large", lambda path: False)
-    copying = grokkit.load(golden_dir, mesh, dtype, progress=False, stream=True)
     for rows in (1, 40):
         ids = np.random.default_rng(rows).integers(3, lm.config.vocab_size, (1, rows))
-        np.testing.assert_array_equal(streamed(ids).logits, copying(ids).logits)
-        if dtype == "float32":
-            assert relative_error(streamed(ids).logits, lm(ids).logits) < CLOSE
-    if dtype == "bfloat16":
-        return
+        expected = lm(ids).logits
+        assert relative_error(streamed(ids).logits, expected) < CLOSE
+        # In bfloat16, a token whose experts are nearly even may choose others.
+        found, rounding = (
+            relative_error(m(ids).logits, expected) for m in (rounded_streamed, rounded)
+        )
+        assert found < 1.5 * rounding
     found, expected = (logit_attribution(m, tokens, 7, against=9).heads for m in (streamed, lm))
     assert relative_error(found, expected) < 1e-5
     clean, corrupted = tokens[0, :6], tokens[1, :6]
@@ -621,9 +620,7 @@ def test_official_matrices_where_they_lie_give_the_bits_of_copies(
 def test_official_matrices_that_cannot_be_used_where_they_lie(golden_dir):
     """Those of two devices; and where files' beginnings differ in length."""
     for n_devices, are_stored in ((1, True), (2, False)):
-        checkpoint = open_checkpoint(golden_dir)
-        specs = param_specs(checkpoint.config)
-        plans = plan_params(checkpoint, specs, grokkit.make_mesh(1, n_devices)).blocks
+        plans = plans_of(golden_dir, n_devices)
         found = mapped.as_stored(plans)
         assert bool(found.moe.gate.stored) == are_stored
         if not are_stored:
@@ -643,9 +640,8 @@ def test_official_matrices_that_cannot_be_used_where_they_lie(golden_dir):
 
 @pytest.mark.parametrize("what", ["turned", "other dtype", "unaligned", "cut", "accelerator"])
 def test_what_cannot_be_used_where_it_lies(converted, golden_dir, what, monkeypatch):
-    reader = reader_of(golden_dir if what == "turned" else converted, 2 if what == "cut" else 1)
-    plans = jax.tree.unflatten(reader._treedef, reader._plans[3])
-    plan = plans.moe.out.weight  # two devices share its last axis
+    plan = plans_of(golden_dir if what == "turned" else converted, 2 if what == "cut" else 1)
+    plan = plan.moe.out.weight.layer(3)  # two devices share its last axis
     source = plan.sources[0]
     if what == "other dtype":
         plan = dataclasses.replace(plan, dtype=np.dtype(np.float32))

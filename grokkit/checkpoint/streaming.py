@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from grokkit.checkpoint import pages, slabs
+from grokkit.checkpoint import slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
 from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped
 
@@ -36,9 +35,12 @@ class LayerReader:
 
         - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
         """
-        self._stack, leaves = plans, jax.tree.leaves(plans)
+        leaves, self._treedef = jax.tree.flatten(as_stored(plans))
         self.n_layers: int = leaves[0].shape[0]
-        self.past_cache = sum(plan.nbytes for plan in leaves) > _KEPT * _physical_memory()
+        self._plans: list[list[LeafPlan]] = [
+            [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
+        ]
+        self.past_cache = self.nbytes > _KEPT * _physical_memory()
         self._one_pass = threading.Lock()
         self._bytes_read, self._seconds = 0, 0.0
 
@@ -50,14 +52,7 @@ class LayerReader:
 
     @past_cache.setter
     def past_cache(self, past_cache: bool) -> None:
-        self._past_cache, plans = past_cache, self._stack
-        # What is copied out of the page cache is best turned round on the way.
-        if past_cache or pages.are_large(_largest_file(plans)):
-            plans = as_stored(plans)
-        leaves, self._treedef = jax.tree.flatten(plans)
-        self._plans: list[list[LeafPlan]] = [
-            [leaf.layer(i) for leaf in leaves] for i in range(self.n_layers)
-        ]
+        self._past_cache = past_cache
         self._parts: list[dict[int, Parts]] = [{}, {}]
         self._mapped = [
             MappedLeaves({i: plan for i, plan in enumerate(layer) if self._is_mapped(plan)})
@@ -186,15 +181,6 @@ class LayerReader:
             if i not in kept:
                 kept[i] = new_parts(self._plans[layer][i])
         return [kept[i] for i in leaves]
-
-
-def _largest_file(plans: PyTree) -> Path:
-    """Of all that a tree of `LeafPlan`s is read from."""
-    leaves: list[LeafPlan] = jax.tree.leaves(plans)
-    files = {
-        k: v for leaf in leaves for source in leaf.sources for k, v in source.file.files.items()
-    }
-    return max(files, key=lambda path: files[path])
 
 
 def _physical_memory() -> int:

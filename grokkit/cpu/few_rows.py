@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grokkit.cpu.instructions import LANES, compiled, words
+from grokkit.cpu.instructions import LANES, compiled, one_of, words
 from grokkit.cpu.task import (
     ENTRY_BYTES,
     GROUPS,
@@ -35,29 +35,13 @@ def has_few(rows: int, k: int, groups: int) -> bool:
     return rows <= FEW_ROWS and k // groups >= LANES
 
 
-def _tiles(outputs: int, entry: int) -> Any:
-    """A function that computes a tile of so many outputs and some rows."""
-    one, two, three, four, five = (tile(outputs, min(n, _AT_ONCE), entry) for n in range(1, 6))
-
-    def compute(rows: int, place: Any, how: Any) -> None:
-        if rows == 5:
-            five(*place, *how)
-        elif rows == 4:
-            four(*place, *how)
-        elif rows == 3:
-            three(*place, *how)
-        elif rows == 2:
-            two(*place, *how)
-        else:
-            one(*place, *how)
-
-    return compiled(compute)
-
-
 def multiplier(entry: int) -> Any:
     """A function that computes outputs `first` to `last` of the rows of a task's i-th matrix, whose
     entries are as in `tile`."""
-    some_outputs, one_output = _tiles(_SOME, entry), _tiles(1, entry)
+    some_outputs, one_output = (
+        one_of([tile(outputs, rows, entry) for rows in range(1, _AT_ONCE + 1)])
+        for outputs in (_SOME, 1)
+    )
     width = ENTRY_BYTES[entry]
 
     def multiply(task: Any, i: int, first: int, last: int) -> None:
@@ -75,17 +59,13 @@ def multiplier(entry: int) -> Any:
                 r, j = rows * t // tiles, start
                 some = rows * (t + 1) // tiles - r
                 while j < end:
-                    place = (
-                        x + 4 * k * r,
-                        weight + width * k * j,
-                        scales + 2 * j,
-                        out + 4 * (n * r + j),
-                    )
+                    weight_at, to = weight + width * k * j, out + 4 * (n * r + j)
+                    where = (x + 4 * k * r, weight_at, scales + 2 * j, to, *how)
                     if end - j >= _SOME:
-                        some_outputs(some, place, how)
+                        some_outputs(some, where)
                         j += _SOME
                     else:
-                        one_output(some, place, how)
+                        one_output(some, where)
                         j += 1
 
     return compiled(multiply)

@@ -113,6 +113,38 @@ def splat(builder: Any, number: Any, lanes: int) -> Any:
     return builder.shuffle_vector(first, nothing, zeros)
 
 
+def on(builder: Any, address: Any, count: Any, width: Any) -> Any:
+    """The address so many times so many bytes on."""
+    count = _I64(count) if isinstance(count, int) else count
+    return builder.add(address, builder.mul(count, width))
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once where the processor can."""
+    product = builder.fmul(a, b, flags=("contract",))
+    return builder.fadd(product, c, flags=("contract",))
+
+
+def one_of(functions: list[Any]) -> Any:
+    """A function for compiled code that calls the first, the second, ... of five functions at most
+    with the same arguments, given as a tuple."""
+    one, two, three, four, five = (functions + functions[-1:] * 4)[:5]
+
+    def call(which: int, arguments: Any) -> None:
+        if which == 1:
+            one(*arguments)
+        elif which == 2:
+            two(*arguments)
+        elif which == 3:
+            three(*arguments)
+        elif which == 4:
+            four(*arguments)
+        else:
+            five(*arguments)
+
+    return compiled(call)
+
+
 @compiled
 def address_of(array: Any) -> Any:
     """Where an array's entries lie; nothing keeps them there after the array's last mention."""

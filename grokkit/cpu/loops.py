@@ -2,14 +2,15 @@
 
 Rows are grouped by the 8-bit matrix that they meet. Where the processor multiplies tiles of whole
 numbers, it does (`whole_numbers`). Elsewhere there is one way for a matrix that few rows meet
-(`few_rows`) and one for more (`many_rows`). Matrices of floats are multiplied with few rows only.
+(`few_rows`; `few_columns` for one that lies as [k, n]) and one for more (`many_rows`). Matrices of
+floats are multiplied with few rows only.
 """
 
 from typing import Any
 
 import numpy as np
 
-from grokkit.cpu import few_rows, float_rows, many_rows, whole_numbers
+from grokkit.cpu import few_columns, few_rows, float_rows, many_rows, whole_numbers
 from grokkit.cpu.amx import SIDE
 from grokkit.cpu.instructions import HAS_AMX, compiled, words
 from grokkit.cpu.task import (
@@ -47,52 +48,46 @@ def piece_runner(version: int) -> Any:
         pack_whole, multiply_whole = whole_numbers.pack, whole_numbers.multiply
 
     @compiled
-    def has_few(task: Any, i: int) -> bool:
-        starts = words(task[ROWS], task[MATRICES] + 1)
-        return few_rows.has_few(starts[i + 1] - starts[i], task[K], task[GROUPS])
-
-    @compiled
-    def multiply(task: Any, i: int, first: int, last: int) -> None:
-        if task[WHOLE]:
-            multiply_whole(task, i, first, last)
-        elif has_few(task, i):
-            _multiply_few(task, i, first, last)
-        else:
-            many_rows.multiply(task, i, first, last)
-
-    @compiled
-    def multiply_turned(task: Any, i: int, part: int, parts: int) -> None:
-        """Some outputs of a matrix that lies as [k, n]: a few columns after the other are turned
-        round, and used while they are in the caches."""
+    def multiply_turned(task: Any, i: int, first: int, last: int) -> None:
+        """Outputs of a matrix that lies as [k, n], of which some after the other are turned round
+        and used while they are in the caches."""
         k, n, matrix = task[K], task[N], words(task[MATRIX], task[MATRICES])[i]
-        source, columns = task[WEIGHT] + matrix * n * k, many_rows.TURNED
-        before = source % LINE  # columns begin at lines; the first of them may be the file's header
-        units = -(-(n + before) // columns)
-        by_block = task[WHOLE] == 0 and not has_few(task, i)  # turned round by who multiplies
-        room = np.empty(LINE if by_block else columns * k + LINE, np.int8)
+        source = task[WEIGHT] + matrix * n * k
+        room = np.empty(many_rows.TURNED * k + LINE, np.int8)
         this = task.copy()
-        for unit in range(units * part // parts, units * (part + 1) // parts):
-            start = unit * columns - before
-            stop = min(n, start + columns)
-            if not by_block:
-                # Within the loop: memory whose name is not used any more is let go.
-                turned = first_line(room)
-                turn_into_cache(source + start, k, stop - start, n, turned, k)
-                this[WEIGHT] = turned - (matrix * n + start) * k
-            multiply(this, i, max(0, start), stop)
+        for output in range(first, last, many_rows.TURNED):
+            start, stop = max(0, output), min(last, output + many_rows.TURNED)
+            # Within the loop: memory whose name is not used any more is let go.
+            turned = first_line(room)
+            turn_into_cache(source + start, k, stop - start, n, turned, k)
+            this[WEIGHT] = turned - (matrix * n + start) * k
+            multiply_whole(this, i, start, stop)
 
     @compiled
     def multiply_part(task: Any, i: int, part: int, parts: int) -> None:
-        """Some of a matrix's outputs, cut where the loops begin anew."""
-        if task[K_FIRST]:
-            return multiply_turned(task, i, part, parts)
+        """Some outputs of the i-th matrix, cut where the loops begin anew."""
+        k, n, starts = task[K], task[N], words(task[ROWS], task[MATRICES] + 1)
+        are_few = few_rows.has_few(starts[i + 1] - starts[i], k, task[GROUPS])
+        unit, before = 1 if are_few else many_rows.PANELS, np.int64(0)
         if task[WHOLE]:
             unit = SIDE
+        if task[K_FIRST]:  # a line of the caches may begin before the first output
+            matrix = words(task[MATRIX], task[MATRICES])[i]
+            before = (task[WEIGHT] + matrix * n * k) % LINE
+            unit = few_columns.UNIT if are_few and not task[WHOLE] else many_rows.TURNED
+        units = -(-(n + before) // unit)
+        first = unit * (units * part // parts) - before
+        last = min(n, unit * (units * (part + 1) // parts) - before)
+        if task[WHOLE] and task[K_FIRST]:
+            multiply_turned(task, i, first, last)
+        elif task[WHOLE]:
+            multiply_whole(task, i, first, last)
+        elif not are_few:
+            many_rows.multiply(task, i, first, last)
+        elif task[K_FIRST]:
+            few_columns.multiply(task, i, first, last)
         else:
-            unit = 1 if has_few(task, i) else many_rows.PANELS
-        units = -(-task[N] // unit)
-        first, last = units * part // parts, units * (part + 1) // parts
-        multiply(task, i, unit * first, min(task[N], unit * last))
+            _multiply_few(task, i, first, last)
 
     def run_piece(task_at: int, piece: int) -> int:
         task = words(task_at, SIZE)

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
-from grokkit.cpu.instructions import HAS_BFLOAT16_PAIRS, LANES, address_of, compiled, pointer, words
+from grokkit.cpu.instructions import (
+    HAS_BFLOAT16_PAIRS,
+    LANES,
+    address_of,
+    compiled,
+    one_of,
+    pointer,
+    words,
+)
 from grokkit.cpu.task import (
     BLOCKS,
     GROUPS,
@@ -44,24 +52,10 @@ _TOTALS = (_MOST + 1) * LANES
 """Rows that there is room for, with some to spare: an odd distance from output to output."""
 
 
-def _wide_tiles(pairs: bool) -> Any:
-    """A function that adds the products of some vectors of rows."""
-    one, two, three, four = (wide_tile(min(n, MOST_VECTORS), pairs) for n in (1, 2, 3, 4))
-
-    def compute(vectors: int, x: int, x_bytes: int, how: Any, totals: int) -> None:
-        if vectors == 4:
-            four(x, x_bytes, *how, totals, 4 * _TOTALS)
-        elif vectors == 3:
-            three(x, x_bytes, *how, totals, 4 * _TOTALS)
-        elif vectors == 2:
-            two(x, x_bytes, *how, totals, 4 * _TOTALS)
-        else:
-            one(x, x_bytes, *how, totals, 4 * _TOTALS)
-
-    return compiled(compute)
-
-
-_add_entries, _add_pairs = _wide_tiles(False), _wide_tiles(HAS_BFLOAT16_PAIRS)
+_add_entries, _add_pairs = (
+    one_of([wide_tile(vectors, pairs) for vectors in range(1, MOST_VECTORS + 1)])
+    for pairs in (False, HAS_BFLOAT16_PAIRS)
+)
 _as_floats, _as_halves = converter(False), converter(True)
 
 
@@ -73,7 +67,10 @@ def is_paired(rounded: int, k: int, groups: int) -> bool:
 
 @compiled
 def multiply(task: Any, i: int, first: int, last: int) -> None:
-    """Outputs `first` to `last` of the rows of the i-th matrix, which are packed."""
+    """Outputs `first` to `last` of the rows of the i-th matrix, which are packed.
+
+    `first` may be below 0, so that whole lines of the caches begin there.
+    """
     k, n, starts = task[K], task[N], words(task[ROWS], task[MATRICES] + 1)
     vectors = words(task[BLOCKS], task[MATRICES] + 1)
     paired = is_paired(task[ROUNDED], k, task[GROUPS])
@@ -86,8 +83,9 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     for v in range(vectors[i], vectors[i + 1], _MOST):
         some, row = min(_MOST, vectors[i + 1] - v), starts[i] + (v - vectors[i]) * LANES
         rows = min(some * LANES, starts[i + 1] - row)
-        for start in range(first, last, panels):
-            outputs = min(panels, last - start)
+        for output in range(first, last, panels):
+            start = max(0, output)
+            outputs = min(output + panels, last) - start
             totals[:] = 0
             x = task[PACKED] + v * vector_bytes
             _sum_up(task, i, start, outputs, some, x, totals, panel, scales, block)
@@ -133,15 +131,16 @@ def _sum_up(
                     else:
                         _as_floats(*numbers, soon, line_bytes)
                     scale_bits[o] = np.uint32(bits[g, start + j + o]) << np.uint32(16)
-                how = (panel_at, panel_bytes, steps, address_of(scales))
+                how = panel_at, panel_bytes, steps, address_of(scales)
                 for t in range(tiles):
                     a, b = vectors * t // tiles, vectors * (t + 1) // tiles
                     to = address_of(totals) + 4 * (j * _TOTALS + a * LANES)
                     rows = x + a * k * entry_bytes + chunk * entry_bytes
+                    where = rows, k * entry_bytes, *how, to, 4 * _TOTALS
                     if paired:
-                        _add_pairs(b - a, rows, k * entry_bytes, how, to)
+                        _add_pairs(b - a, where)
                     else:
-                        _add_entries(b - a, rows, k * entry_bytes, how, to)
+                        _add_entries(b - a, where)
 
 
 @compiled

@@ -45,7 +45,7 @@ def grouped_product(
     - `dtype`: float32 or bfloat16, which rows are rounded to before they are multiplied, unless
         they are few or multiplied as whole numbers. Sums are in float32.
     - `before`: given if the stack is bytes in which matrices lie as [k, n], and not as [n, k]: how
-        many of them are before the first. The results are the same to the bit.
+        many of them are before the first. Few rows' products are then summed in another order.
 
     Under `shard_map` all must be of one type.
     """

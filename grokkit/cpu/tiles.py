@@ -11,7 +11,15 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat, widened
+from grokkit.cpu.instructions import (
+    LANES,
+    instruction,
+    load,
+    multiply_add,
+    prefetch,
+    splat,
+    widened,
+)
 from grokkit.cpu.task import ENTRY_BYTES, FLOAT32, INT8
 
 _AHEAD = 2
@@ -110,7 +118,7 @@ class _Tile:
             if keep is not None:
                 floats = builder.select(keep, floats, _ZEROS)
             for r in self.rows:
-                found = self._multiply_add(floats, rows[r], builder.load(sums[j, r]))
+                found = multiply_add(builder, floats, rows[r], builder.load(sums[j, r]))
                 builder.store(found, sums[j, r])
 
     def _floats(self, address: Any) -> Any:
@@ -132,7 +140,7 @@ class _Tile:
                 if scale is None:
                     part = builder.fadd(part, total)
                 else:
-                    part = self._multiply_add(part, scale, total)
+                    part = multiply_add(builder, part, scale, total)
                 builder.store(part, totals[j, r])
 
     def _scale(self, group: Any, output: int) -> Any:
@@ -148,10 +156,6 @@ class _Tile:
             count, width = (_I64(a) if isinstance(a, int) else a for a in steps_and_bytes)
             address = self.builder.add(address, self.builder.mul(count, width))
         return address
-
-    def _multiply_add(self, a: Any, b: Any, c: Any) -> Any:
-        product = self.builder.fmul(a, b, flags=("contract",))
-        return self.builder.fadd(product, c, flags=("contract",))
 
     def _pick(self, a: Any, b: Any, places: list[int]) -> Any:
         """Lanes of two vectors, counted on from the first to the second."""

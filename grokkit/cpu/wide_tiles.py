@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction, load, prefetch, splat
+from grokkit.cpu.instructions import LANES, instruction, load, multiply_add, on, prefetch, splat
 
 llvmlite.binding.initialize_native_asmparser()  # for the instruction named below
 
@@ -67,21 +67,21 @@ def _compute(
         x_at = builder.add(x, builder.mul(loop.index, _I64(_VECTOR_BYTES)))
         panel_at = builder.add(panel, builder.mul(loop.index, _I64(4)))
         rows = [
-            load(builder, _on(builder, x_at, v, x_bytes), _VECTOR, _VECTOR_BYTES)
+            load(builder, on(builder, x_at, v, x_bytes), _VECTOR, _VECTOR_BYTES)
             for v in range(vectors)
         ]
         for j in range(OUTPUTS):
-            entry = load(builder, _on(builder, panel_at, j, panel_bytes), _F32, 4)
+            entry = load(builder, on(builder, panel_at, j, panel_bytes), _F32, 4)
             entries = splat(builder, entry, LANES)
             for v in range(vectors):
-                add = _add_pairs if pairs else _add_products
-                builder.store(add(builder, builder.load(sums[j, v]), rows[v], entries), sums[j, v])
+                add = _add_pairs if pairs else multiply_add
+                builder.store(add(builder, rows[v], entries, builder.load(sums[j, v])), sums[j, v])
     for j in range(OUTPUTS):
-        scale = splat(builder, load(builder, _on(builder, scales, j, _I64(4)), _F32, 4), LANES)
+        scale = splat(builder, load(builder, on(builder, scales, j, _I64(4)), _F32, 4), LANES)
         for v in range(vectors):
-            place = _on(builder, _on(builder, totals, j, totals_bytes), v, _I64(_VECTOR_BYTES))
+            place = on(builder, on(builder, totals, j, totals_bytes), v, _I64(_VECTOR_BYTES))
             total = load(builder, place, _VECTOR, 4)
-            total = _add_products(builder, total, builder.load(sums[j, v]), scale)
+            total = multiply_add(builder, builder.load(sums[j, v]), scale, total)
             builder.store(total, builder.inttoptr(place, _VECTOR.as_pointer()), 4)
 
 
@@ -97,14 +97,14 @@ def converter(pairs: bool) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             entries, numbers, n, soon, line_bytes = arguments
             with cgutils.for_range_slice(builder, _I64(0), n, _I64(64)) as (i, _):
-                prefetch(builder, _on(builder, soon, builder.sdiv(i, _I64(64)), line_bytes))
+                prefetch(builder, on(builder, soon, builder.sdiv(i, _I64(64)), line_bytes))
             whole = builder.mul(builder.sdiv(n, _I64(2 * LANES)), _I64(2 * LANES))
             for first, last, width in ((_I64(0), whole, 2 * LANES), (whole, n, 1)):
                 with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
                     _convert(
                         builder,
                         builder.add(entries, i),
-                        _on(builder, numbers, i, _I64(2 if pairs else 4)),
+                        on(builder, numbers, i, _I64(2 if pairs else 4)),
                         width,
                         pairs,
                     )
@@ -141,12 +141,12 @@ def rounder(pairs: bool) -> Any:
             whole = builder.mul(builder.sdiv(n, _I64(LANES)), _I64(LANES))
             for first, last, width in ((_I64(0), whole, LANES), (whole, n, 1)):
                 with cgutils.for_range_slice(builder, first, last, _I64(width)) as (i, _):
-                    source = _on(builder, numbers, i, _I64(8 if pairs else 4))
+                    source = on(builder, numbers, i, _I64(8 if pairs else 4))
                     bits = ir.VectorType(_I32, 2 * width if pairs else width)
                     found = _rounded(builder, load(builder, source, bits, 4), bits)
                     if pairs:
                         found = _side_by_side(builder, found, ir.VectorType(_I64, width))
-                    target = _on(builder, rounded, i, _I64(4))
+                    target = on(builder, rounded, i, _I64(4))
                     builder.store(found, builder.inttoptr(target, found.type.as_pointer()), 4)
             return context.get_dummy_value()
 
@@ -181,18 +181,7 @@ def _side_by_side(builder: Any, bits: Any, kind: Any) -> Any:
     )
 
 
-def _add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    product = builder.fmul(a, b, flags=("contract",))
-    return builder.fadd(product, total, flags=("contract",))
-
-
-def _add_pairs(builder: Any, total: Any, a: Any, b: Any) -> Any:
+def _add_pairs(builder: Any, a: Any, b: Any, total: Any) -> Any:
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
     instruction = ir.InlineAsm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", side_effect=False)
     return builder.call(instruction, [total, a, b])
-
-
-def _on(builder: Any, address: Any, count: Any, width: Any) -> Any:
-    """The address so many times so many bytes on."""
-    count = _I64(count) if isinstance(count, int) else count
-    return builder.add(address, builder.mul(count, width))

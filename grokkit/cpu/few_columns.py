@@ -1,0 +1,88 @@
+"""Products of few rows with a matrix that lies as [k, n], which is read once, as it lies."""
+
+from typing import Any
+
+import numpy as np
+from numba.np.numpy_support import carray
+
+from grokkit.cpu import column_tiles
+from grokkit.cpu.column_tiles import LINE, LINES, OUTPUTS, column_tile
+from grokkit.cpu.instructions import address_of, compiled, one_of, pointer, words
+from grokkit.cpu.task import GROUPS, MATRICES, MATRIX, OUT, ROWS, SCALES, WEIGHT, K, N, X
+
+_COLUMNS = LINE * LINES
+UNIT = _COLUMNS // 2
+"""Outputs to cut a matrix at: narrower parts would be read more slowly."""
+_ENTRIES = 64
+"""Of each output that are summed at once: they, and the next ones, stay in the second cache."""
+_tile = one_of([column_tile(n) for n in range(1, column_tiles.ROWS + 1)])
+
+
+@compiled
+def multiply(task: Any, i: int, first: int, last: int) -> None:
+    """Outputs `first` to `last` of the rows of the i-th matrix.
+
+    `first` may be below 0, so that whole lines of the caches begin there.
+    """
+    n, starts = task[N], words(task[ROWS], task[MATRICES] + 1)
+    rows = starts[i + 1] - starts[i]
+    totals = np.empty((rows, _COLUMNS), np.float32)
+    scales = np.empty(_COLUMNS, np.float32)
+    rest = np.zeros((_ENTRIES, OUTPUTS), np.int8)
+    out = carray(pointer(task[OUT] + 4 * n * starts[i]), (rows, n), np.float32)
+    for start in range(first, last, _COLUMNS):
+        stop, skipped = min(start + _COLUMNS, last), max(0, -start)
+        totals[:] = 0
+        _sum_up(task, i, start, stop, totals, scales, rest)
+        for r in range(rows):
+            out[r, start + skipped : stop] = totals[r, skipped : stop - start]
+
+
+@compiled
+def _sum_up(task: Any, i: int, start: int, stop: int, totals: Any, scales: Any, rest: Any) -> None:
+    """Add all products of some outputs to their totals. What lies before the first output is added
+    as if it were of the matrix, times 0: its line is read in any case."""
+    k, n, groups, outputs = task[K], task[N], task[GROUPS], stop - start
+    matrix, size = words(task[MATRIX], task[MATRICES])[i], k // groups
+    weight = task[WEIGHT] + matrix * n * k + start
+    x = task[X] + 4 * k * words(task[ROWS], task[MATRICES] + 1)[i]
+    bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
+    scale_bits = scales.view(np.uint32)
+    scale_bits[:] = 0
+    for g in range(groups):
+        for output in range(max(0, start), stop):
+            scale_bits[output - start] = np.uint32(bits[g, output]) << np.uint32(16)
+        end = (g + 1) * size
+        for entry in range(g * size, end, _ENTRIES):
+            steps, source = min(_ENTRIES, end - entry), weight + entry * n
+            soon = source + steps * n if entry + steps < k else weight + outputs
+            where = x + 4 * entry, 4 * k, source, n, steps, soon
+            _add(*where, outputs, scales, totals, rest)
+
+
+@compiled
+def _add(
+    x: int, row_bytes: int, source: int, n: int, steps: int, soon: int, outputs: int, scales: Any,
+    totals: Any, rest: Any,
+) -> None:  # fmt: skip
+    """Add to some outputs' totals their products with some entries."""
+    rows = totals.shape[0]
+    tiles = -(-rows // column_tiles.ROWS)
+    for j in range(0, outputs, OUTPUTS):
+        entries, distance = source + j, n
+        if outputs - j < OUTPUTS:  # beside them there may be no memory
+            _copy(entries, n, rest, steps, outputs - j)
+            entries, distance = address_of(rest), np.int64(OUTPUTS)
+        for t in range(tiles):
+            a, b = rows * t // tiles, rows * (t + 1) // tiles
+            scales_at, to = address_of(scales) + 4 * j, address_of(totals) + 4 * (_COLUMNS * a + j)
+            where = x + row_bytes * a, row_bytes, entries, distance, steps
+            _tile(b - a, (*where, scales_at, to, 4 * _COLUMNS, soon, n, j // LINE * steps))
+
+
+@compiled
+def _copy(source: int, n: int, target: Any, steps: int, outputs: int) -> None:
+    for e in range(steps):
+        line = carray(pointer(source + e * n), outputs, np.int8)
+        for j in range(outputs):
+            target[e, j] = line[j]
