@@ -10,14 +10,20 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from grokkit.cpu.instructions import LANES, instruction, load, multiply_add, on, prefetch, splat
+from grokkit.cpu.instructions import (
+    LANES,
+    call_for_line,
+    instruction,
+    load,
+    multiply_add,
+    on,
+    splat,
+)
 
 ROWS = 5 if LANES == 16 else 4
 """The most rows of a tile: as many as its sums leave registers for."""
 OUTPUTS = (4 if LANES == 16 else 2) * LANES
 """Of a tile."""
-LINE = 64
-"""Outputs of a line of the caches."""
 LINES = 8
 """Lines beside each other that are gone through together: memory does not give one after the other
 of entries that lie far apart at its full speed."""
@@ -67,9 +73,7 @@ def _compute(
     for place in sums.values():
         builder.store(_ZEROS, place)
     with cgutils.for_range(builder, steps) as loop:
-        called_for = builder.add(line, loop.index)
-        below, right = (f(called_for, _I64(LINES)) for f in (builder.udiv, builder.urem))
-        prefetch(builder, on(builder, on(builder, soon, below, soon_bytes), right, _I64(LINE)))
+        call_for_line(builder, soon, soon_bytes, builder.add(line, loop.index), LINES)
         x_at = on(builder, x, loop.index, _I64(4))
         entries_at = on(builder, weight, loop.index, entry_bytes)
         entries = []

@@ -6,8 +6,8 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from grokkit.cpu import column_tiles
-from grokkit.cpu.column_tiles import LINE, LINES, OUTPUTS, column_tile
-from grokkit.cpu.instructions import address_of, compiled, one_of, pointer, words
+from grokkit.cpu.column_tiles import LINES, OUTPUTS, column_tile
+from grokkit.cpu.instructions import LINE, address_of, compiled, copy_rows, one_of, pointer, words
 from grokkit.cpu.task import GROUPS, MATRICES, MATRIX, OUT, ROWS, SCALES, WEIGHT, K, N, X
 
 _COLUMNS = LINE * LINES
@@ -71,18 +71,10 @@ def _add(
     for j in range(0, outputs, OUTPUTS):
         entries, distance = source + j, n
         if outputs - j < OUTPUTS:  # beside them there may be no memory
-            _copy(entries, n, rest, steps, outputs - j)
+            copy_rows(entries, n, address_of(rest), OUTPUTS, steps, outputs - j)
             entries, distance = address_of(rest), np.int64(OUTPUTS)
         for t in range(tiles):
             a, b = rows * t // tiles, rows * (t + 1) // tiles
             scales_at, to = address_of(scales) + 4 * j, address_of(totals) + 4 * (_COLUMNS * a + j)
             where = x + row_bytes * a, row_bytes, entries, distance, steps
             _tile(b - a, (*where, scales_at, to, 4 * _COLUMNS, soon, n, j // LINE * steps))
-
-
-@compiled
-def _copy(source: int, n: int, target: Any, steps: int, outputs: int) -> None:
-    for e in range(steps):
-        line = carray(pointer(source + e * n), outputs, np.int8)
-        for j in range(outputs):
-            target[e, j] = line[j]

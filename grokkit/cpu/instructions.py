@@ -21,6 +21,9 @@ HAS_AMX = HAS_512_BITS and {"+amx-tile", "+amx-int8"} <= set(_FEATURES)
 """Whether the processor multiplies tiles of whole numbers of 8 bits."""
 LANES = 16 if HAS_512_BITS else 8
 """Floats that the processor multiplies at once."""
+LINE = 64
+"""Bytes of a line of the caches. Lines are read whole, and once: where rows lie a power of two
+apart, many would have to share a few places of the cache."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -90,6 +93,13 @@ def prefetch(builder: Any, address: Any) -> None:
     builder.call(call, [address, to_read, into_second_cache, data])
 
 
+def call_for_line(builder: Any, address: Any, row_bytes: Any, line: Any, lines: int) -> None:
+    """Call for one of the caches' lines in rows that are so many of them wide, and lie so many bytes
+    one below the other: lines are counted from left to right, and on in the next row."""
+    below, right = (f(line, _I64(lines)) for f in (builder.udiv, builder.urem))
+    prefetch(builder, on(builder, on(builder, address, below, row_bytes), right, _I64(LINE)))
+
+
 def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     """What is at an address, of a type of the compiler's language."""
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
@@ -155,6 +165,18 @@ def address_of(array: Any) -> Any:
 def words(address: int, n: int) -> Any:
     """Memory as an array of integers."""
     return carray(pointer(address), (n,), dtype=np.int64)
+
+
+@compiled
+def copy_rows(
+    source: int, source_bytes: int, target: int, target_bytes: int, rows: int, row: int
+) -> None:
+    """Copy rows of some bytes. Of addresses, and distances from row to row in bytes."""
+    for i in range(rows):
+        a = carray(pointer(source + i * source_bytes), row, np.int8)
+        b = carray(pointer(target + i * target_bytes), row, np.int8)
+        for j in range(row):
+            b[j] = a[j]
 
 
 def atomic(operation: str) -> Any:

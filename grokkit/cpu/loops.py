@@ -12,7 +12,7 @@ import numpy as np
 
 from grokkit.cpu import few_columns, few_rows, float_rows, many_rows, whole_numbers
 from grokkit.cpu.amx import SIDE
-from grokkit.cpu.instructions import HAS_AMX, compiled, words
+from grokkit.cpu.instructions import HAS_AMX, LINE, compiled, words
 from grokkit.cpu.task import (
     GROUPS,
     INT8,
@@ -31,7 +31,7 @@ from grokkit.cpu.task import (
     K,
     N,
 )
-from grokkit.cpu.turning import LINE, first_line, turn_into_cache
+from grokkit.cpu.turning import first_line, turn_into_cache
 
 _multiply_few = few_rows.multiplier(INT8)
 
@@ -53,10 +53,10 @@ def piece_runner(version: int) -> Any:
         and used while they are in the caches."""
         k, n, matrix = task[K], task[N], words(task[MATRIX], task[MATRICES])[i]
         source = task[WEIGHT] + matrix * n * k
-        room = np.empty(many_rows.TURNED * k + LINE, np.int8)
+        room = np.empty(many_rows.COLUMNS * k + LINE, np.int8)
         this = task.copy()
-        for output in range(first, last, many_rows.TURNED):
-            start, stop = max(0, output), min(last, output + many_rows.TURNED)
+        for output in range(first, last, many_rows.COLUMNS):
+            start, stop = max(0, output), min(last, output + many_rows.COLUMNS)
             # Within the loop: memory whose name is not used any more is let go.
             turned = first_line(room)
             turn_into_cache(source + start, k, stop - start, n, turned, k)
@@ -74,7 +74,7 @@ def piece_runner(version: int) -> Any:
         if task[K_FIRST]:  # a line of the caches may begin before the first output
             matrix = words(task[MATRIX], task[MATRICES])[i]
             before = (task[WEIGHT] + matrix * n * k) % LINE
-            unit = few_columns.UNIT if are_few and not task[WHOLE] else many_rows.TURNED
+            unit = few_columns.UNIT if are_few and not task[WHOLE] else many_rows.COLUMNS
         units = -(-(n + before) // unit)
         first = unit * (units * part // parts) - before
         last = min(n, unit * (units * (part + 1) // parts) - before)

@@ -1,8 +1,7 @@
 """Products of many rows with 8-bit matrices.
 
 Rows are first laid side by side, `LANES` at a time, in what is called packed here; then each block
-of a matrix is turned into floats once for all of them (`wide_tiles`). Of a matrix that lies as
-[k, n] a block is turned round before; meanwhile, the next one comes from memory.
+of a matrix is turned into floats once for all of them (`wide_tiles`).
 """
 
 from typing import Any
@@ -13,8 +12,10 @@ from numba.np.numpy_support import carray
 from grokkit.cpu.instructions import (
     HAS_BFLOAT16_PAIRS,
     LANES,
+    LINE,
     address_of,
     compiled,
+    copy_rows,
     one_of,
     pointer,
     words,
@@ -35,13 +36,22 @@ from grokkit.cpu.task import (
     N,
     X,
 )
-from grokkit.cpu.turning import LINE, first_line, turn_into_cache, turn_words
-from grokkit.cpu.wide_tiles import MOST_VECTORS, OUTPUTS, converter, rounder, wide_tile
+from grokkit.cpu.turning import turn_words
+from grokkit.cpu.wide_tiles import (
+    LINES,
+    MOST_VECTORS,
+    OUTPUTS,
+    call_for,
+    column_converter,
+    converter,
+    rounder,
+    wide_tile,
+)
 
 PANELS = 8 * OUTPUTS
 """Outputs whose sums are kept while the entries are gone through."""
-TURNED = 4 * PANELS
-"""The same, where blocks are turned round: whole lines of the caches."""
+COLUMNS = LINES * LINE
+"""The same, where a matrix lies as [k, n]."""
 _MOST = 256 // LANES
 """Vectors of rows whose sums are kept."""
 _CHUNK = 256
@@ -57,6 +67,9 @@ _add_entries, _add_pairs = (
     for pairs in (False, HAS_BFLOAT16_PAIRS)
 )
 _as_floats, _as_halves = converter(False), converter(True)
+_columns_as_floats, _columns_as_halves = (
+    column_converter(PANELS, pairs) for pairs in (False, True)
+)
 
 
 @compiled
@@ -75,11 +88,11 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     vectors = words(task[BLOCKS], task[MATRICES] + 1)
     paired = is_paired(task[ROUNDED], k, task[GROUPS])
     vector_bytes = (2 if paired else 4) * LANES * k
-    panels = TURNED if task[K_FIRST] else PANELS
+    panels = COLUMNS if task[K_FIRST] else PANELS
     totals = np.empty((panels, _TOTALS), np.float32)
-    block = np.empty((TURNED * _CHUNK if task[K_FIRST] else 0) + LINE, np.int8)
-    panel = np.zeros((OUTPUTS, _CHUNK + LANES), np.float32)
-    scales = np.zeros(OUTPUTS, np.float32)
+    panel = np.zeros((PANELS if task[K_FIRST] else OUTPUTS) * (_CHUNK + LANES), np.float32)
+    rest = np.zeros((_CHUNK if task[K_FIRST] else 0, PANELS), np.int8)
+    scales = np.zeros(panels, np.float32)
     for v in range(vectors[i], vectors[i + 1], _MOST):
         some, row = min(_MOST, vectors[i + 1] - v), starts[i] + (v - vectors[i]) * LANES
         rows = min(some * LANES, starts[i + 1] - row)
@@ -88,7 +101,10 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
             outputs = min(output + panels, last) - start
             totals[:] = 0
             x = task[PACKED] + v * vector_bytes
-            _sum_up(task, i, start, outputs, some, x, totals, panel, scales, block)
+            if task[K_FIRST]:
+                _sum_up_columns(task, i, start, outputs, some, x, totals, panel, scales, rest)
+            else:
+                _sum_up(task, i, start, outputs, some, x, totals, panel, scales)
             to = task[OUT] + 4 * (n * row + start)
             turn_words(address_of(totals), outputs, rows, 4 * _TOTALS, to, 4 * n)
 
@@ -96,60 +112,87 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
 @compiled
 def _sum_up(
     task: Any, i: int, start: int, outputs: int, vectors: int, x: int, totals: Any, panel: Any,
-    scales: Any, block: Any,
+    scales: Any,
 ) -> None:  # fmt: skip
     """Add to the totals of some outputs all their products with some vectors of packed rows."""
     k, n, groups = task[K], task[N], task[GROUPS]
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
-    weight = task[WEIGHT] + matrix * n * k + start * (1 if task[K_FIRST] else k)
-    turned = first_line(block)
+    weight = task[WEIGHT] + matrix * n * k + start * k
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
-    entry_bytes = (2 if paired else 4) * LANES
-    panel_at, panel_bytes = address_of(panel), 4 * panel.shape[1]
+    panel_at, output_bytes = address_of(panel), 4 * (_CHUNK + LANES)
     scale_bits = scales.view(np.uint32)
-    tiles = -(-vectors // MOST_VECTORS)
     for g in range(groups):
         for chunk in range(g * group, (g + 1) * group, _CHUNK):
             entries = min(_CHUNK, (g + 1) * group - chunk)
-            steps = entries // 2 if paired else entries
-            block_at, output_bytes, next_at = weight + chunk, k, np.int64(0)
-            if task[K_FIRST]:
-                turn_into_cache(weight + chunk * n, entries, outputs, n, turned, _CHUNK)
-                block_at, output_bytes = turned, _CHUNK
-                end = chunk + entries
-                next_at = weight + (end * n if end < k else outputs)
             for j in range(0, outputs, OUTPUTS):
                 for o in range(min(OUTPUTS, outputs - j)):
-                    source = block_at + (j + o) * output_bytes
-                    soon, line_bytes = source + _AHEAD * k, LINE
-                    if task[K_FIRST]:
-                        soon, line_bytes = _in_next_block(next_at, j + o, entries, n), n
-                    numbers = source, panel_at + o * panel_bytes, entries
+                    source = weight + chunk + (j + o) * k
+                    numbers = source, panel_at + o * output_bytes, entries, source + _AHEAD * k
                     if paired:
-                        _as_halves(*numbers, soon, line_bytes)
+                        _as_halves(*numbers)
                     else:
-                        _as_floats(*numbers, soon, line_bytes)
+                        _as_floats(*numbers)
                     scale_bits[o] = np.uint32(bits[g, start + j + o]) << np.uint32(16)
-                how = panel_at, panel_bytes, steps, address_of(scales)
-                for t in range(tiles):
-                    a, b = vectors * t // tiles, vectors * (t + 1) // tiles
-                    to = address_of(totals) + 4 * (j * _TOTALS + a * LANES)
-                    rows = x + a * k * entry_bytes + chunk * entry_bytes
-                    where = rows, k * entry_bytes, *how, to, 4 * _TOTALS
-                    if paired:
-                        _add_pairs(b - a, where)
-                    else:
-                        _add_entries(b - a, where)
+                how = panel_at, output_bytes, np.int64(4), address_of(scales)
+                _add(x, k, chunk, entries, paired, vectors, how, address_of(totals[j]))
 
 
 @compiled
-def _in_next_block(address: int, output: int, entries: int, n: int) -> int:
-    """Which line of the next block, [entry, output], to begin at beside an output of this one. As
-    many are called for as the output's entries fill here, of entries that follow each other: so that
-    all outputs together call for each line once."""
-    some = -(-entries // LINE)
-    return address + output // LINE * LINE + output % LINE * some * n
+def _sum_up_columns(
+    task: Any, i: int, start: int, outputs: int, vectors: int, x: int, totals: Any, panel: Any,
+    scales: Any, rest: Any,
+) -> None:  # fmt: skip
+    """The same, of a matrix that lies as [k, n]."""
+    k, n, groups = task[K], task[N], task[GROUPS]
+    paired = is_paired(task[ROUNDED], k, groups)
+    matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
+    weight = task[WEIGHT] + matrix * n * k + start
+    bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
+    scale_bits = scales.view(np.uint32)
+    for g in range(groups):
+        for output in range(outputs):
+            scale_bits[output] = np.uint32(bits[g, start + output]) << np.uint32(16)
+        for chunk in range(g * group, (g + 1) * group, _CHUNK):
+            entries = min(_CHUNK, (g + 1) * group - chunk)
+            end = chunk + entries
+            soon = weight + (end * n if end < k else outputs)
+            for first in range(0, outputs, PANELS):
+                source, distance = weight + chunk * n + first, n
+                some = min(PANELS, outputs - first)
+                if some < PANELS:  # beside them there may be no memory
+                    copy_rows(source, n, address_of(rest), PANELS, entries, some)
+                    source, distance = address_of(rest), np.int64(PANELS)
+                numbers = source, distance, address_of(panel), entries
+                if paired:
+                    _columns_as_halves(*numbers)
+                else:
+                    _columns_as_floats(*numbers)
+                for j in range(0, some, OUTPUTS):
+                    a = entries * (first + j) // outputs
+                    b = entries * min(first + j + OUTPUTS, outputs) // outputs
+                    call_for(soon + a * n, n, b - a)
+                    scales_at = address_of(scales) + 4 * (first + j)
+                    how = address_of(panel) + 4 * j, np.int64(4), np.int64(4 * PANELS), scales_at
+                    _add(x, k, chunk, entries, paired, vectors, how, address_of(totals[first + j]))
+
+
+@compiled
+def _add(
+    x: int, k: int, chunk: int, entries: int, paired: int, vectors: int, how: Any, totals: int
+) -> None:
+    """Add to the totals of a panel's outputs their products with some entries."""
+    panel, output_bytes, step_bytes, scales = how
+    steps, entry_bytes = (entries // 2, 2 * LANES) if paired else (entries, 4 * LANES)
+    tiles = -(-vectors // MOST_VECTORS)
+    for t in range(tiles):
+        a, b = vectors * t // tiles, vectors * (t + 1) // tiles
+        rows, to = x + (a * k + chunk) * entry_bytes, totals + 4 * a * LANES
+        where = rows, k * entry_bytes, panel, output_bytes, step_bytes, steps, scales, to
+        if paired:
+            _add_pairs(b - a, (*where, 4 * _TOTALS))
+        else:
+            _add_entries(b - a, (*where, 4 * _TOTALS))
 
 
 _STRIP = 64

@@ -13,6 +13,7 @@ from numba.np.numpy_support import carray
 
 from grokkit.cpu.instructions import (
     LANES,
+    LINE,
     address_of,
     called_from_c,
     compiled,
@@ -22,10 +23,6 @@ from grokkit.cpu.instructions import (
     words,
 )
 
-LINE = 64
-"""Bytes of a line of the caches. Lines are read whole, and once: where rows lie a power of two
-apart, many would have to share a few places of the cache. And they are written whole, past the
-caches: else each would first be read."""
 _LANE = 16
 """Bytes that processors shuffle fast: in wider registers each such part by itself."""
 
@@ -37,6 +34,8 @@ def turn(
     places: Sequence[tuple[int, Int8[np.ndarray, "some_columns row"]]],
 ) -> None:
     """Write columns of a matrix turned round. Other threads of Python run meanwhile.
+
+    Lines are written whole, past the caches: else each would first be read.
 
     It is fast where rows of what is written begin at multiples of 64 bytes.
 
