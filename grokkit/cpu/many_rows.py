@@ -55,12 +55,11 @@ COLUMNS = LINES * LINE
 _MOST = 256 // LANES
 """Vectors of rows whose sums are kept."""
 _CHUNK = 256
-"""Entries that are turned into floats at once: those of a panel stay in the first cache."""
+"""Entries that are turned into floats at once: those of some outputs stay in the first caches."""
 _AHEAD = 2 * OUTPUTS
 """Outputs between those that are computed and those whose entries are called for from memory."""
 _TOTALS = (_MOST + 1) * LANES
 """Rows that there is room for, with some to spare: an odd distance from output to output."""
-
 
 _add_entries, _add_pairs = (
     one_of([wide_tile(vectors, pairs) for vectors in range(1, MOST_VECTORS + 1)])

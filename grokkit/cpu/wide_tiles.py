@@ -149,7 +149,7 @@ def column_converter(columns: int, pairs: bool) -> Any:
     - `numbers`: where to write, for each entry or pair, all columns' numbers.
     - `n`: how many entries.
     """
-    width = 16
+    width = 16  # bytes that are loaded at once
 
     def convert(typing_context, entries, entry_bytes, numbers, n):
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
