@@ -8,7 +8,6 @@ some. The two take turns; the least time of each counts.
 """
 
 import argparse
-import mmap
 import time
 from collections.abc import Callable
 
@@ -17,12 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from grokkit.checkpoint.pages import LARGE, ask_for_large, of_array
 from grokkit.quant import QuantizedArray, Stored
 from grokkit.quantised_matmul import grouped_on_cpu
 
 GB = 1e9
 STACK = 300_000_000  # entries
-LARGE = 1 << 21
 HEADER = 201  # bytes of an official file before its matrices
 GROUPS = 8
 SHAPES = [(1536, 8192), (8192, 1536), (6144, 32768), (32768, 6144)]
@@ -32,12 +31,11 @@ SHAPES = [(1536, 8192), (8192, 1536), (6144, 32768), (32768, 6144)]
 def in_large_pages(shape: tuple[int, ...]) -> np.ndarray:
     """Room for so many bytes, in whole large pages if there are some."""
     n_bytes = int(np.prod(shape))
-    memory = mmap.mmap(-1, n_bytes + LARGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    room = np.frombuffer(memory, np.int8)
+    room = np.empty(n_bytes + LARGE, np.int8)
     first = -room.ctypes.data % LARGE
-    return room[first : first + n_bytes].reshape(shape)
+    room = room[first : first + n_bytes]
+    ask_for_large(*of_array(room))
+    return room.reshape(shape)
 
 
 def stacks(k: int, n: int) -> tuple[QuantizedArray, QuantizedArray]:

@@ -125,7 +125,7 @@ def splat(builder: Any, number: Any, lanes: int) -> Any:
 
 def on(builder: Any, address: Any, count: Any, width: Any) -> Any:
     """The address so many times so many bytes on."""
-    count = _I64(count) if isinstance(count, int) else count
+    count, width = (_I64(n) if isinstance(n, int) else n for n in (count, width))
     return builder.add(address, builder.mul(count, width))
 
 

@@ -16,6 +16,7 @@ from grokkit.cpu.instructions import (
     instruction,
     load,
     multiply_add,
+    on,
     prefetch,
     splat,
     widened,
@@ -152,9 +153,8 @@ class _Tile:
 
     def _at(self, address: Any, *steps: tuple[Any, Any]) -> Any:
         """An address so many times so many bytes on."""
-        for steps_and_bytes in steps:
-            count, width = (_I64(a) if isinstance(a, int) else a for a in steps_and_bytes)
-            address = self.builder.add(address, self.builder.mul(count, width))
+        for count, width in steps:
+            address = on(self.builder, address, count, width)
         return address
 
     def _pick(self, a: Any, b: Any, places: list[int]) -> Any:
