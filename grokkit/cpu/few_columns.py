@@ -6,16 +6,20 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from grokkit.cpu import column_tiles
-from grokkit.cpu.column_tiles import LINES, OUTPUTS, column_tile
+from grokkit.cpu.column_tiles import OUTPUTS, WIDE_ROWS, column_tile
 from grokkit.cpu.instructions import LINE, address_of, compiled, copy_rows, one_of, pointer, words
 from grokkit.cpu.task import GROUPS, MATRICES, MATRIX, OUT, ROWS, SCALES, WEIGHT, K, N, X
 
-_COLUMNS = LINE * LINES
-UNIT = _COLUMNS // 2
+_LINES = 16
+"""Lines beside each other that are gone through together, or half as many more: memory does not
+give one after the other of entries that lie far apart at its full speed."""
+_COLUMNS = LINE * (_LINES + _LINES // 2)
+UNIT = 4 * LINE
 """Outputs to cut a matrix at: narrower parts would be read more slowly."""
-_ENTRIES = 64
+_ENTRIES = 128
 """Of each output that are summed at once: they, and the next ones, stay in the second cache."""
-_tile = one_of([column_tile(n) for n in range(1, column_tiles.ROWS + 1)])
+_tile = one_of([column_tile(n, OUTPUTS) for n in range(1, column_tiles.ROWS + 1)])
+_wide_tile = one_of([column_tile(n, 2 * OUTPUTS) for n in range(1, WIDE_ROWS + 1)])
 
 
 @compiled
@@ -30,8 +34,12 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     scales = np.empty(_COLUMNS, np.float32)
     rest = np.zeros((_ENTRIES, OUTPUTS), np.int8)
     out = carray(pointer(task[OUT] + 4 * n * starts[i]), (rows, n), np.float32)
-    for start in range(first, last, _COLUMNS):
-        stop, skipped = min(start + _COLUMNS, last), max(0, -start)
+    lines = -(-(last - first) // LINE)
+    strips = min(lines, max(1, (lines + _LINES // 2) // _LINES))
+    for strip in range(strips):
+        start = first + LINE * (lines * strip // strips)
+        stop = min(first + LINE * (lines * (strip + 1) // strips), last)
+        skipped = max(0, -start)
         totals[:] = 0
         _sum_up(task, i, start, stop, totals, scales, rest)
         for r in range(rows):
@@ -44,6 +52,7 @@ def _sum_up(task: Any, i: int, start: int, stop: int, totals: Any, scales: Any, 
     as if it were of the matrix, times 0: its line is read in any case."""
     k, n, groups, outputs = task[K], task[N], task[GROUPS], stop - start
     matrix, size = words(task[MATRIX], task[MATRICES])[i], k // groups
+    some = -(-size // -(-size // _ENTRIES))
     weight = task[WEIGHT] + matrix * n * k + start
     x = task[X] + 4 * k * words(task[ROWS], task[MATRICES] + 1)[i]
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
@@ -53,8 +62,8 @@ def _sum_up(task: Any, i: int, start: int, stop: int, totals: Any, scales: Any, 
         for output in range(max(0, start), stop):
             scale_bits[output - start] = np.uint32(bits[g, output]) << np.uint32(16)
         end = (g + 1) * size
-        for entry in range(g * size, end, _ENTRIES):
-            steps, source = min(_ENTRIES, end - entry), weight + entry * n
+        for entry in range(g * size, end, some):
+            steps, source = min(some, end - entry), weight + entry * n
             soon = source + steps * n if entry + steps < k else weight + outputs
             where = x + 4 * entry, 4 * k, source, n, steps, soon
             _add(*where, outputs, scales, totals, rest)
@@ -66,15 +75,24 @@ def _add(
     totals: Any, rest: Any,
 ) -> None:  # fmt: skip
     """Add to some outputs' totals their products with some entries."""
-    rows = totals.shape[0]
+    rows, lines = totals.shape[0], -(-outputs // LINE)
     tiles = -(-rows // column_tiles.ROWS)
-    for j in range(0, outputs, OUTPUTS):
-        entries, distance = source + j, n
-        if outputs - j < OUTPUTS:  # beside them there may be no memory
+    are_wide = -(-rows // tiles) <= WIDE_ROWS
+    j = 0
+    while j < outputs:
+        entries, distance, width = source + j, n, OUTPUTS
+        if outputs - j < OUTPUTS and n % LINE:  # beside them there may be no memory
             copy_rows(entries, n, address_of(rest), OUTPUTS, steps, outputs - j)
             entries, distance = address_of(rest), np.int64(OUTPUTS)
+        elif are_wide and outputs - j >= 2 * OUTPUTS:
+            width = 2 * OUTPUTS
         for t in range(tiles):
             a, b = rows * t // tiles, rows * (t + 1) // tiles
             scales_at, to = address_of(scales) + 4 * j, address_of(totals) + 4 * (_COLUMNS * a + j)
             where = x + row_bytes * a, row_bytes, entries, distance, steps
-            _tile(b - a, (*where, scales_at, to, 4 * _COLUMNS, soon, n, j // LINE * steps))
+            more = scales_at, to, 4 * _COLUMNS, soon, n, lines, j // LINE * steps
+            if width > OUTPUTS:
+                _wide_tile(b - a, (*where, *more))
+            else:
+                _tile(b - a, (*where, *more))
+        j += width

@@ -93,13 +93,6 @@ def prefetch(builder: Any, address: Any) -> None:
     builder.call(call, [address, to_read, into_second_cache, data])
 
 
-def call_for_line(builder: Any, address: Any, row_bytes: Any, line: Any, lines: int) -> None:
-    """Call for one of the caches' lines in rows that are so many of them wide, and lie so many bytes
-    one below the other: lines are counted from left to right, and on in the next row."""
-    below, right = (f(line, _I64(lines)) for f in (builder.udiv, builder.urem))
-    prefetch(builder, on(builder, on(builder, address, below, row_bytes), right, _I64(LINE)))
-
-
 def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     """What is at an address, of a type of the compiler's language."""
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
