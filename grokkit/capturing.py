@@ -360,7 +360,7 @@ def _layers(
 
 
 def _run_streamed(block: Block, x: Array, rows: Rows, **options: Any) -> tuple[Array, _Kept]:
-    x, _, kept = run_layer(block, x, rows, None, **options)
+    x, *_, kept = run_layer(block, x, rows, None, **options)
     return x, kept
 
 

@@ -117,14 +117,14 @@ class StreamedGrok:
                 for i, (part, its_rows) in enumerate(parts):
                     if cache is not None:
                         cache = dataclasses.replace(cache, is_new=is_new and i == 0)
-                    part, cache, kept = run_layer(
+                    part, cache, ended, kept = run_layer(
                         block, part, its_rows, cache, jnp.int32(layer), self.dtype, wanted, edits
                     )
                     parts[i] = part, its_rows
                     for key, value in kept.items():
                         found.setdefault(key, {})[layer] = value
-                # The memory of this block is that of the next but one.
-                jax.block_until_ready((parts, cache))
+                # Each part takes the cache of the one before, so the last one ends last.
+                self.reader.is_used_until(ended)
                 del block
                 layer += 1
                 bar.update()
@@ -156,16 +156,17 @@ class StreamedGrok:
             del x
         with closing(self.reader.layers()) as blocks, self._bar(0) as bar:
             for block in blocks:
+                ended: Array | None = None
                 for (tokens, _), parts in zip(groups, entered, strict=True):
+                    jax.block_until_ready(ended)  # one group's activations at a time
                     cache = empty(tokens.shape)
                     for i, (part, rows) in enumerate(parts):
                         cache = dataclasses.replace(cache, is_new=i == 0)
-                        part, cache, _ = run_layer(
+                        part, cache, ended, _ = run_layer(
                             block, part, rows, cache, jnp.int32(0), self.dtype, (), ()
                         )
                         parts[i] = part, rows
-                    # One group's activations at a time, and then the block may go.
-                    jax.block_until_ready(parts)
+                self.reader.is_used_until(ended)
                 del block
                 bar.update()
         return entered
@@ -201,10 +202,14 @@ def run_layer(
     dtype: Any,
     captures: tuple[Capture, ...],
     edits: tuple[Change, ...],
-) -> tuple[Array, KVCache | None, dict[str, Any]]:
-    """`run_block`, compiled; stream and cache are used up."""
+) -> tuple[Array, KVCache | None, Array, dict[str, Any]]:
+    """`run_block`, compiled; stream and cache are used up. Before the captures it returns a few
+    numbers that nobody uses up: when they are there, it has ended."""
     x = _in_large_pages(x, block.attention.config)
-    return run_block(block, x, rows, cache, layer, dtype, captures, edits)
+    x, cache, kept = run_block(block, x, rows, cache, layer, dtype, captures, edits)
+    stream = P("data", None, None)
+    ended = jax.shard_map(lambda x: x[:1, :1, :1], in_specs=stream, out_specs=stream)(x)
+    return x, cache, ended, kept
 
 
 def _in_large_pages(

@@ -346,8 +346,8 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
     made, alive = [], []
     read = reader._read
 
-    def watch(pool, layer, then):
-        arrays = read(pool, layer, then)
+    def watch(*what):
+        arrays = read(*what)
         made.extend(weakref.ref(a) for a in arrays)
         alive.append(sum(ref() is not None for ref in made) / len(arrays))
         return arrays
@@ -366,6 +366,48 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
         kept = [p for slot in reader._parts for leaf in slot.values() for p in leaf.values()]
         read = sum(plan.nbytes for layer in reader._plans for plan in layer)
         assert sum(p.memory.nbytes for p in kept) < 2.5 * read / reader.n_layers
+
+
+class _Ended:
+    """As an array of which JAX is asked whether it is there."""
+
+    def __init__(self, waited, gate=None):
+        self.waited, self.gate = waited, gate
+
+    def block_until_ready(self):
+        if self.gate:
+            assert self.gate.wait(10)
+        self.waited.append(self)
+        return self
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_memory_is_not_read_into_until_its_layer_is_used_no_more(golden_dir, n_devices):
+    """Although the next layer has been asked for, and given."""
+    reader = reader_of(golden_dir, n_devices)
+    expected = [jax.tree.map(np.array, layer) for layer in reader.layers()]
+    waited, gate, layers = [], threading.Event(), reader.layers()
+    first, given = next(layers), [_Ended(waited, gate)]
+    reader.is_used_until(given[0])
+    second = next(layers)
+    given.append(_Ended(waited))
+    reader.is_used_until({"of the second": given[1]})
+    for found, layer in ((first, expected[0]), (second, expected[1])):
+        jax.tree.map(np.testing.assert_array_equal, found, layer)
+    assert not waited
+    gate.set()
+    third = next(layers)
+    assert waited == given[:1] or waited == given  # one of which the thread comes to by itself
+    given.append(_Ended(waited))
+    reader.is_used_until(given[2])
+    jax.tree.map(np.testing.assert_array_equal, third, expected[2])
+    layers.close()
+    assert given[2] in waited
+    # What a pass said does not hold another up.
+    del waited[:]
+    for found, layer in zip(reader.layers(), expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, layer)
+    assert not waited
 
 
 def test_the_disk_is_told_of_every_layer_before_it_is_read(golden_dir, mesh, monkeypatch):
@@ -472,14 +514,15 @@ def reader_of(directory, n_devices=1):
 
 
 def resident_bytes(directory):
-    """How much of a directory's files this process has mapped in, by address."""
-    found, start, counts = {}, 0, False
+    """How much of a directory's files this process has in memory, by the addresses of its maps."""
+    found, addresses, counts = {}, (0, 0), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split(maxsplit=1)[0]
         if "-" in first:
-            start, counts = int(first.split("-")[0], 16), str(directory) in line
+            start, end = (int(address, 16) for address in first.split("-"))
+            addresses, counts = (start, end), str(directory) in line
         elif counts and first == "Rss:":
-            found[start] = 1024 * int(line.split()[1])
+            found[addresses] = 1024 * int(line.split()[1])
     return found
 
 
@@ -514,9 +557,8 @@ def test_one_device_uses_the_files_pages_of_two_layers_at_most(converted):
         jax.block_until_ready(layer)
         there = resident_bytes(converted)
         seen.append(sum(there.values()))
-        stretches = [(s, s + size) for s, size in there.items()]
         inside = [
-            any(a <= leaf.unsafe_buffer_pointer() < b for a, b in stretches)
+            any(a <= leaf.unsafe_buffer_pointer() < b for a, b in there)
             for leaf in jax.tree.leaves(layer)
         ]
         assert all(inside)  # nothing was copied
@@ -567,7 +609,7 @@ def test_one_device_uses_official_matrices_as_they_lie(golden_dir, past_cache):
             kept = [part.memory for leaf in reader._parts[i % 2].values() for part in leaf.values()]
             there = [(m.ctypes.data, m.ctypes.data + m.nbytes) for m in kept]
         else:
-            there = [(s, s + size) for s, size in resident_bytes(golden_dir).items()]
+            there = list(resident_bytes(golden_dir))
         pairs = [
             (getattr(ours, name), getattr(theirs, name))
             for ours, theirs in ((layer.moe, other.moe), (layer.attention, other.attention))

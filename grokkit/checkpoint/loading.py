@@ -288,7 +288,7 @@ def read_leaves(
         copy()
         report(n_bytes)
     fill(arrays, report, _wanted(*then)[0], past_cache, pool)
-    return [_finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
+    return [finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
 
 
 def _wanted(
@@ -322,7 +322,8 @@ def _slices(plan: LeafPlan) -> Iterator[tuple[_Source, _Slices]]:
         yield source, slices
 
 
-def _finished(plan: LeafPlan, parts: Parts) -> Array:
+def finished(plan: LeafPlan, parts: Parts) -> Array:
+    """A leaf whose parts have been written."""
     arrays = [part.finish() for part in parts.values()]
     return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
 

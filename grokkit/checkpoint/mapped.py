@@ -6,10 +6,10 @@ pages or in other memory.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from grokkit import cpu, quant
 from grokkit.checkpoint import pages
-from grokkit.checkpoint.loading import LeafPlan
+from grokkit.checkpoint.loading import LeafPlan, Parts, finished
 from grokkit.checkpoint.pages import PAGE
 from grokkit.checkpoint.tensor_file import TensorFile
 from grokkit.quant import QuantizedArray, Stored
@@ -62,17 +62,34 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
 
 def can_be_mapped(plan: LeafPlan) -> bool:
     """Whether a leaf's parts are stretches of its file, on devices that can use them there."""
-    (source, *more), places = plan.sources, _places(plan)
+    return _lies_in_a_file(plan) and _is_in_place(plan)
+
+
+def is_soon_copied(plan: LeafPlan) -> bool:
+    """Whether a leaf is so small that it is copied from its mapped file, where it cannot be used,
+    sooner than read."""
+    is_small = plan.nbytes < pages.LARGE and plan.sharding.num_devices == 1
+    return _lies_in_a_file(plan) and is_small
+
+
+def _lies_in_a_file(plan: LeafPlan) -> bool:
+    """Whether a leaf has the entries of one array of one file, and is on devices that could use
+    them there."""
+    source, *more = plan.sources
     return (
         not more
         and isinstance(source.file, TensorFile)
         and source.layer is None
         and not source.turned
         and source.span.dtype == plan.dtype
-        and source.span.offset % _ALIGNMENT == 0
-        and all(device.platform == "cpu" for device in places)
-        and all(_is_stretch(plan, index) for index in places.values())
+        and all(device.platform == "cpu" for device in _places(plan))
     )
+
+
+def _is_in_place(plan: LeafPlan) -> bool:
+    """Whether a leaf's parts are stretches of its file where XLA can use them."""
+    is_aligned = plan.sources[0].span.offset % _ALIGNMENT == 0
+    return is_aligned and all(_is_stretch(plan, index) for index in _places(plan).values())
 
 
 def _places(plan: LeafPlan) -> Mapping[Any, Any]:
@@ -80,11 +97,15 @@ def _places(plan: LeafPlan) -> Mapping[Any, Any]:
 
 
 def _is_stretch(plan: LeafPlan, index: tuple[slice, ...]) -> bool:
-    """Whether a part is in one piece, and where XLA can use it."""
+    """Whether a part is in one piece, and begins where XLA can use it if the leaf does."""
     ranges = [range(*s.indices(n)) for s, n in zip(index, plan.shape, strict=True)]
     last_cut = max((i for i, n in enumerate(plan.shape) if len(ranges[i]) < n), default=0)
     offset = plan.dtype.itemsize * np.ravel_multi_index([r.start for r in ranges], plan.shape)
     return offset % _ALIGNMENT == 0 and all(len(r) == 1 for r in ranges[:last_cut])
+
+
+Files = dict[Path, np.ndarray]
+"""Files that are mapped as a whole: their bytes."""
 
 
 class MappedLeaves:
@@ -94,67 +115,113 @@ class MappedLeaves:
     takes next to no time for what it has; and it is asked to read the rest in such pages.
     """
 
-    def __init__(self, plans: Mapping[int, LeafPlan]) -> None:
+    def __init__(self, plans: Mapping[int, LeafPlan], files: Files) -> None:
         """Open nothing yet.
 
         **Arguments:**
 
-        - `plans`: as `can_be_mapped` wants, each with its place among the leaves.
+        - `plans`: as `can_be_mapped` or `is_soon_copied` want, each with its place among the leaves.
+        - `files`: those that have been mapped, to which others are added. They are mapped as a
+            whole, for a large page that is half another leaf's is there for both.
         """
         self.plans = plans
-        self._mapped: dict[int, tuple[np.ndarray, Array]] = {}
+        self._files = files
+        self._runs = list(_runs(plans.values()))
+        self._in_place: dict[int, Array] = {}
 
-    def read(self, pool: ThreadPoolExecutor) -> dict[int, Array]:
+    def read(self, pool: ThreadPoolExecutor, parts: Callable[[int], Parts]) -> dict[int, Array]:
         """The leaves, all in memory, if it has the room.
 
         **Arguments:**
 
         - `pool`: threads, several of which wait for the disk at a time.
+        - `parts`: gives the memory for a leaf, by its place, if it cannot be used in its file.
 
         **Raises:** `CheckpointError` if a file is gone or has changed since its header was read;
         `OSError` if it cannot be read.
         """
         coming = []
-        for i, plan in self.plans.items():
-            file: Any = plan.sources[0].file
-            if i in self._mapped:
-                file.check()
-            else:  # once: it takes longer than to have the pages again
-                self._mapped[i] = _map(plan)
-            values, _ = self._mapped[i]
-            if values.nbytes < pages.LARGE:
-                _have_in_memory(file.path, values, *pages.of_array(values))
+        for run in self._runs:
+            run.file.check()
+            path = run.file.path
+            if path not in self._files:  # once: it takes longer than to have the pages again
+                self._files[path] = run.file.mapped()
+                pages.ask_for_large(*pages.of_array(self._files[path]))
+            there = self._files[path][run.start : run.stop]
+            stretch = pages.of_array(there)
+            if there.nbytes < pages.LARGE or not pages.missing(path, *stretch, pages.AT_ONCE // 4):
+                _have_in_memory(path, there)  # sooner than another thread could be told
                 continue
             coming += [
-                pool.submit(_have_in_memory, file.path, values, *stretch)
-                for stretch in pages.stretches(*pages.of_array(values))
+                pool.submit(_have_in_memory, path, there[i : i + pages.AT_ONCE])
+                for i in range(0, there.nbytes, pages.AT_ONCE)
             ]
         wait(coming)
         for stretch in coming:
             stretch.result()
-        return {i: leaf for i, (_, leaf) in self._mapped.items()}
+        return {i: self._leaf(i, parts) for i in self.plans}
+
+    def _leaf(self, i: int, parts: Callable[[int], Parts]) -> Array:
+        if i in self._in_place:
+            return self._in_place[i]
+        plan = self.plans[i]
+        values = self._values(plan)
+        if not _is_in_place(plan):
+            memory = parts(i)
+            for part in memory.values():
+                part.write(..., values)
+            return finished(plan, memory)
+        devices = [jax.device_put(values[index], device) for device, index in _places(plan).items()]
+        leaf = jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, devices)
+        self._in_place[i] = leaf
+        return leaf
+
+    def _values(self, plan: LeafPlan) -> np.ndarray:
+        """A leaf's entries in the file."""
+        source: Any = plan.sources[0]
+        span, whole = source.span, self._files[source.file.path]
+        values = whole[span.offset : span.offset + span.nbytes]
+        return values.view(span.dtype).reshape(span.shape)
 
     def let_go(self) -> None:
         """Give the pages back: the system may keep them, but they do not count as this process's
         memory any more. To use the leaves is to read them again."""
-        for values, _ in self._mapped.values():
-            pages.let_go(*pages.of_array(values))
+        for run in self._runs:
+            if run.file.path in self._files:
+                there = self._files[run.file.path][run.start : run.stop]
+                pages.let_go(*pages.of_array(there))
 
 
-def _map(plan: LeafPlan) -> tuple[np.ndarray, Array]:
-    """A file's array, and the leaf that lies in it."""
-    source: Any = plan.sources[0]
-    values = np.asarray(source.file.open(source.span))
-    pages.ask_for_large(*pages.of_array(values))
-    parts = [jax.device_put(values[i], device) for device, i in _places(plan).items()]
-    return values, jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, parts)
+class _Run(NamedTuple):
+    """Bytes of a file in which leaves follow each other."""
+
+    file: TensorFile
+    start: int
+    stop: int
 
 
-def _have_in_memory(path: Path, values: np.ndarray, address: int, n_bytes: int) -> None:
-    """Have some pages of a file's array read, and found by this process."""
+def _runs(plans: Iterable[LeafPlan]) -> Iterator[_Run]:
+    """Where some leaves lie; between those of a run is less than a page."""
+    sources: list[Any] = [plan.sources[0] for plan in plans]
+    sources.sort(key=lambda source: (source.file.path, source.span.offset))
+    present: _Run | None = None
+    for file, span in ((source.file, source.span) for source in sources):
+        start, stop = span.offset, span.offset + span.nbytes
+        if present and present.file.path == file.path and start - present.stop < PAGE:
+            present = present._replace(stop=max(stop, present.stop))
+            continue
+        if present:
+            yield present
+        present = _Run(file, start, stop)
+    if present:
+        yield present
+
+
+def _have_in_memory(path: Path, there: np.ndarray) -> None:
+    """Have some of a mapped file's bytes read, and found by this process."""
     try:
-        if not pages.have_in_memory(address, n_bytes):
-            first = max(0, address - values.ctypes.data)
-            np.bitwise_or.reduce(values.reshape(-1).view(np.uint8)[first:][:n_bytes:PAGE])
+        if not pages.have_in_memory(*pages.of_array(there)):
+            np.bitwise_or.reduce(there[::PAGE])
+            there[-1:].tobytes()
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e

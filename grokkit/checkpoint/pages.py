@@ -9,6 +9,7 @@ import errno
 import functools
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,6 @@ def of_array(values: np.ndarray) -> tuple[int, int]:
     """Where the pages that hold an array begin, and its bytes from there."""
     before = values.ctypes.data % PAGE
     return values.ctypes.data - before, before + values.nbytes
-
-
-def stretches(start: int, n_bytes: int) -> list[tuple[int, int]]:
-    """A place and a size, in pieces that follow each other."""
-    return [(start + i, min(AT_ONCE, n_bytes - i)) for i in range(0, n_bytes, AT_ONCE)]
 
 
 def ask_for_large(address: int, n_bytes: int) -> None:
@@ -104,40 +100,59 @@ def call_for(path: Path, offset: int, n_bytes: int) -> None:
     """Have the system read a part of a file into the page cache, where it can.
 
     In pages of 2 MB that is waited for, and takes next to no time of a processor. Elsewhere the
-    system is told and goes on by itself. What the cache holds is left alone.
+    system is told and goes on by itself. What the cache holds is left alone, where it says so.
     """
     if not hasattr(os, "posix_fadvise"):  # as on macOS
         return
     # Whoever reads the file will say what is wrong with it.
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), min(offset + n_bytes, os.fstat(file.fileno()).st_size)
-        missing = [
-            start
-            for start in range(offset, end, _CALLED_FOR)
-            if not is_in_page_cache(descriptor, start)
-        ]
-        if missing and end - missing[0] >= LARGE and are_large(path):
-            with _mapped(descriptor, missing[0], end) as stretch:
+        if offset >= end:
+            return
+        first = offset - offset % LARGE
+        with _mapped(descriptor, first, end) as (address, _):
+            absent = missing(path, address + offset - first, end - offset, _CALLED_FOR)
+            start = offset + absent[0] if absent else end
+            if end - start >= LARGE and are_large(path):
+                start -= start % LARGE
+                stretch = address + start - first, end - start
                 ask_for_large(*stretch)
                 have_in_memory(*stretch)
-            return
-        for start in missing:
+                return
+        for start in (offset + i for i in absent):
             size = min(_CALLED_FOR, end - start)
             os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
 
-def is_in_page_cache(descriptor: int, offset: int) -> bool:
-    """Whether a place in a file is, where a system says so: a tenth of what calling for it costs."""
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except (OSError, AttributeError):
-        return False
+def missing(path: Path, address: int, n_bytes: int, step: int) -> list[int]:
+    """Which places of a mapped file the page cache does not hold.
+
+    Linux is asked, which also says so of a file that this process may write. To try and read
+    without waiting would call for the page, and for a small one.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `address`, `n_bytes`: where it is mapped, from the first place on.
+    - `step`: bytes from one place to the next.
+
+    **Returns:** as bytes from the first. Where the system does not say, all.
+    """
+    places = range(0, n_bytes, step)
+    if sys.platform != "linux" or not os.access(path, os.W_OK):
+        return list(places)
+    found = ctypes.c_ubyte()
+
+    def is_there(place: int) -> bool:
+        page = address + place - (address + place) % PAGE
+        return not _mincore()(page, 1, ctypes.byref(found)) and bool(found.value & 1)
+
+    return [place for place in places if not is_there(place)]
 
 
 @contextlib.contextmanager
-def _mapped(descriptor: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """A part of a file, and what is before it of its first large page: an address and bytes."""
-    start = offset - offset % LARGE
+def _mapped(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """A part of a file, from the beginning of a large page: an address and bytes."""
     with mmap.mmap(descriptor, end - start, access=mmap.ACCESS_READ, offset=start) as memory:
         values = np.frombuffer(memory, np.uint8)
         yield values.ctypes.data, end - start
@@ -156,4 +171,11 @@ def _advise(address: int, n_bytes: int, advice: int) -> int:
 def _madvise() -> Any:
     found = ctypes.CDLL(None, use_errno=True).madvise
     found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return found
+
+
+@functools.cache
+def _mincore() -> Any:
+    found = ctypes.CDLL(None, use_errno=True).mincore
+    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
     return found

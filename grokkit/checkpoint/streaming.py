@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from grokkit.checkpoint import slabs
 from grokkit.checkpoint.loading import LeafPlan, Parts, new_parts, read_leaves
-from grokkit.checkpoint.mapped import MappedLeaves, as_stored, can_be_mapped
+from grokkit.checkpoint.mapped import Files, MappedLeaves, as_stored, can_be_mapped, is_soon_copied
 
 _KEPT = 0.8  # of the machine's memory: a larger stack would not stay in the page cache
 _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
@@ -23,9 +23,9 @@ _SAMPLE = 1 << 28  # bytes: the most that is read only to see how fast that is
 class LayerReader:
     """Gives the layers of a stack that stays on disk, at most two of them in memory at a time.
 
-    On a CPU both layers' memory is made once and used again, so that a layer must not be used
-    any more when the next is asked for. What one device can use as it lies in its file is read so,
-    or used in the page cache and not copied at all: see `grokkit.checkpoint.mapped`.
+    On a CPU both layers' memory is made once and used again: see `layers` for how long a layer may
+    be used. What one device can use as it lies in its file is read so, or used in the page cache and
+    not copied at all: see `grokkit.checkpoint.mapped`.
     """
 
     def __init__(self, plans: PyTree) -> None:
@@ -42,6 +42,7 @@ class LayerReader:
         ]
         self.past_cache = self.nbytes > _KEPT * _physical_memory()
         self._one_pass = threading.Lock()
+        self._until: PyTree = None
         self._bytes_read, self._seconds = 0, 0.0
 
     @property
@@ -54,15 +55,16 @@ class LayerReader:
     def past_cache(self, past_cache: bool) -> None:
         self._past_cache = past_cache
         self._parts: list[dict[int, Parts]] = [{}, {}]
+        files: Files = {}
         self._mapped = [
-            MappedLeaves({i: plan for i, plan in enumerate(layer) if self._is_mapped(plan)})
+            MappedLeaves({i: plan for i, plan in enumerate(layer) if self._is_mapped(plan)}, files)
             for layer in self._plans
         ]
         self._in_memory: list[MappedLeaves | None] = [None, None]
 
     def _is_mapped(self, plan: LeafPlan) -> bool:
-        """Whether a leaf is used where it lies in the page cache."""
-        return not self.past_cache and can_be_mapped(plan)
+        """Whether a leaf is used where it lies in the page cache, or soon copied from there."""
+        return not self.past_cache and (can_be_mapped(plan) or is_soon_copied(plan))
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +86,9 @@ class LayerReader:
 
     def _seconds_for(self, plan: LeafPlan) -> float:
         if self._is_mapped(plan):
-            mapped = MappedLeaves({0: plan})
+            mapped = MappedLeaves({0: plan}, {})
             with slabs.new_pool() as pool:
-                seconds = _timed(lambda: mapped.read(pool))[1]
+                seconds = _timed(lambda: mapped.read(pool, lambda _: new_parts(plan)))[1]
             mapped.let_go()
             return seconds
         parts, past = [new_parts(plan)], self.past_cache
@@ -116,8 +118,9 @@ class LayerReader:
     ) -> Generator[PyTree]:
         """One layer after the other; while one is used, the next is read.
 
-        Let go of each, and see that nothing computed from it is still under way, before asking
-        for the next. One pass at a time: another thread's waits until this one ends or is closed.
+        Let go of each before asking for the next, and see that nothing computed from it is still
+        under way; or say until when it is, with `is_used_until`. One pass at a time: another
+        thread's waits until this one ends or is closed.
 
         **Arguments:**
 
@@ -133,17 +136,37 @@ class LayerReader:
             ThreadPoolExecutor(1, "reading-layers") as pool,
         ):
             coming = [*order, None, None]
-            read = functools.partial(pool.submit, self._read, threads)
-            pending = [read(*coming[:2])] if order else []
-            for i in range(1, len(order) + 1):
-                ready = [pending.pop().result()]
-                if coming[i] is not None:
-                    pending.append(read(*coming[i : i + 2]))
-                # Nothing here may hold on to the layer while the next is read.
-                yield jax.tree.unflatten(self._treedef, ready.pop())
+            read = functools.partial(pool.submit, self._read)
+            pending = [read(threads, None, *coming[:2])] if order else []
+            before: PyTree = None
+            try:
+                for i in range(1, len(order) + 1):
+                    before, self._until = self._until, None
+                    if coming[i] is not None:  # into the memory of the layer given last
+                        pending.append(read(threads, before, *coming[i : i + 2]))
+                    ready = [pending.pop(0).result()]
+                    # Nothing here may hold on to the layer while the next is read.
+                    yield jax.tree.unflatten(self._treedef, ready.pop())
+            finally:
+                last, self._until = self._until, None
+                jax.block_until_ready((before, last))
 
-    def _read(self, pool: ThreadPoolExecutor, layer: int, then: int | None) -> list[Any]:
-        """One layer; the other is the one that will be read after it."""
+    def is_used_until(self, ended: PyTree) -> None:
+        """Say, in a pass, until when the layer that was given last is used, so that the next is
+        asked for, and can be set to work, before that.
+
+        **Arguments:**
+
+        - `ended`: arrays that are there when nothing uses the layer any more.
+        """
+        self._until = ended
+
+    def _read(
+        self, pool: ThreadPoolExecutor, until: PyTree, layer: int, then: int | None
+    ) -> list[Any]:
+        """One layer, in the memory that is used until some arrays are there; the other layer is the
+        one that will be read after it."""
+        jax.block_until_ready(until)
         if before := self._in_memory[layer % 2]:
             before.let_go()
         then = None if self.past_cache else then  # nobody would be told
@@ -151,7 +174,9 @@ class LayerReader:
 
         def read() -> list[Any]:
             self._in_memory[layer % 2] = self._mapped[layer]
-            leaves: dict[int, Any] = {**self._mapped[layer].read(pool)}
+            leaves: dict[int, Any] = self._mapped[layer].read(
+                pool, lambda i: self._parts_of(layer, [i])[0]
+            )
             arrays = read_leaves(
                 [*copied.values()], self._parts_of(layer, copied),
                 then=([*copied_then.values()], self._parts_of(then, copied_then)),
@@ -166,7 +191,7 @@ class LayerReader:
         return leaves
 
     def _copied(self, layer: int | None) -> dict[int, LeafPlan]:
-        """A layer's leaves that are not used where they lie in the page cache."""
+        """A layer's leaves that are read, and not had from the page cache by address."""
         if layer is None:
             return {}
         mapped = self._mapped[layer].plans

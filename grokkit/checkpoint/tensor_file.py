@@ -88,6 +88,17 @@ class TensorFile:
             raise self._changed(str(e)) from e
         return Unpacked(found) if packed else found
 
+    def mapped(self) -> np.ndarray:
+        """The whole file as a read-only memory map of bytes.
+
+        **Raises:** as `open`.
+        """
+        self.check()
+        try:
+            return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+        except (OSError, ValueError) as e:
+            raise self._changed(str(e)) from e
+
     def check(self) -> None:
         """See that the file is there and as long as it was.
 

@@ -70,7 +70,11 @@ def test_a_part_of_a_file_is_called_for_in_pieces(tmp_path, monkeypatch, small_p
     path.write_bytes(b"x" * 2_500_000)
     called_for, there = [], set()
     monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: called_for.append(what))
-    monkeypatch.setattr(pages, "is_in_page_cache", lambda _, offset: offset in there)
+    monkeypatch.setattr(
+        pages,
+        "missing",
+        lambda _, address, n_bytes, step: [i for i in range(0, n_bytes, step) if i not in there],
+    )
     pages.call_for(path, 100, 2_400_000)
     pieces = [
         (100, 1 << 20, os.POSIX_FADV_WILLNEED),
@@ -78,7 +82,7 @@ def test_a_part_of_a_file_is_called_for_in_pieces(tmp_path, monkeypatch, small_p
         (100 + (2 << 20), 2_400_000 - (2 << 20), os.POSIX_FADV_WILLNEED),
     ]
     assert called_for == pieces
-    there.add(100 + (1 << 20))
+    there.add(1 << 20)
     pages.call_for(path, 100, 2_400_000)
     assert called_for[3:] == [pieces[0], pieces[2]]
     path.unlink()
@@ -88,18 +92,23 @@ def test_a_part_of_a_file_is_called_for_in_pieces(tmp_path, monkeypatch, small_p
     assert len(called_for) == 5
 
 
-def test_what_the_page_cache_holds(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 10_000)
-    with open(path, "rb") as file:
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-        except (OSError, AttributeError) as e:
-            pytest.skip(f"neither system nor file system say: {e}")
-        assert pages.is_in_page_cache(file.fileno(), 9_999)
-        assert not pages.is_in_page_cache(file.fileno(), 10_000)  # nothing is there
-        monkeypatch.delattr(os, "RWF_NOWAIT")
-        assert not pages.is_in_page_cache(file.fileno(), 0)
+@pytest.mark.usefixtures("says_what_is_there")
+def test_what_the_page_cache_does_not_hold(large_file, monkeypatch):
+    with (
+        open(large_file, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
+    ):
+        values = np.frombuffer(memory, np.uint8)
+        memory.madvise(mmap.MADV_RANDOM)  # what is touched, and nothing beside it
+        where = values.ctypes.data + 5, 3 * LARGE, LARGE
+        for _ in range(2):  # to ask calls for nothing
+            assert pages.missing(large_file, *where) == [0, LARGE, 2 * LARGE]
+        values[LARGE + 5]
+        assert pages.missing(large_file, *where) == [0, 2 * LARGE]
+        # Of a file that it may not write, a process is told that all is there.
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        assert pages.missing(large_file, *where) == [0, LARGE, 2 * LARGE]
+        del values
 
 
 @pytest.mark.usefixtures("says_what_is_there")
