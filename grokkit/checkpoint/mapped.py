@@ -147,9 +147,8 @@ class MappedLeaves:
             if path not in self._files:  # once: it takes longer than to have the pages again
                 self._files[path] = run.file.mapped()
                 pages.ask_for_large(*pages.of_array(self._files[path]))
-            there = self._files[path][run.start : run.stop]
-            stretch = pages.of_array(there)
-            if there.nbytes < pages.LARGE or not pages.missing(path, *stretch, pages.AT_ONCE // 4):
+            there, step = self._bytes(run), pages.AT_ONCE // 4
+            if there.nbytes < pages.LARGE or not pages.missing(path, *pages.of_array(there), step):
                 _have_in_memory(path, there)  # sooner than another thread could be told
                 continue
             coming += [
@@ -188,8 +187,10 @@ class MappedLeaves:
         memory any more. To use the leaves is to read them again."""
         for run in self._runs:
             if run.file.path in self._files:
-                there = self._files[run.file.path][run.start : run.stop]
-                pages.let_go(*pages.of_array(there))
+                pages.let_go(*pages.of_array(self._bytes(run)))
+
+    def _bytes(self, run: "_Run") -> np.ndarray:
+        return self._files[run.file.path][run.start : run.stop]
 
 
 class _Run(NamedTuple):

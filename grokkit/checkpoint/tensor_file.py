@@ -78,14 +78,10 @@ class TensorFile:
 
         **Raises:** `CheckpointError` if the file is gone or has changed since its header was read.
         """
-        self.check()
         packed = span.dtype == INT4
         shape = (*span.shape[:-1], span.shape[-1] // 2) if packed else span.shape
         dtype = np.dtype(np.uint8) if packed else span.dtype
-        try:
-            found = np.memmap(self.path, dtype=dtype, mode="r", offset=span.offset, shape=shape)
-        except (OSError, ValueError) as e:
-            raise self._changed(str(e)) from e
+        found = self._map(dtype, span.offset, shape)
         return Unpacked(found) if packed else found
 
     def mapped(self) -> np.ndarray:
@@ -93,9 +89,12 @@ class TensorFile:
 
         **Raises:** as `open`.
         """
+        return np.asarray(self._map(np.dtype(np.uint8), 0, (self.size,)))
+
+    def _map(self, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.memmap:
         self.check()
         try:
-            return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+            return np.memmap(self.path, dtype, "r", offset, shape)
         except (OSError, ValueError) as e:
             raise self._changed(str(e)) from e
 
