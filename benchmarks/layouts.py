@@ -47,7 +47,7 @@ def stacks(k: int, n: int) -> tuple[QuantizedArray, QuantizedArray]:
     scales = random.uniform(0.001, 0.1, (matrices, GROUPS, n)).astype(ml_dtypes.bfloat16)
     weights = [jax.device_put(a, may_alias=True) for a in (ours, file)]
     scales = jnp.asarray(scales)
-    stored = Stored((matrices, k, n), HEADER)
+    stored = Stored((matrices, k, n), GROUPS, k_first=True, before=HEADER)
     return QuantizedArray(weights[0], scales), QuantizedArray(weights[1], scales, stored)
 
 

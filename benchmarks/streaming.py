@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=float, default=0.25, help="of layers, of Grok-1's")
     parser.add_argument("--layout", choices=("official", "safetensors"), default="official")
     parser.add_argument(
         "--cold", action="store_true", help="as if the model were larger than memory"
@@ -93,8 +94,13 @@ def main() -> None:
         return
     grokkit.virtual_devices(options.devices)
     mesh = grokkit.make_mesh(1, options.devices)
+    d_model, d_ff = (int(size * options.width) for size in (6144, 32768))
     config = dataclasses.replace(
-        CONFIG, n_layers=options.layers, d_model=1536, d_ff=8192, d_head=96
+        CONFIG,
+        n_layers=options.layers,
+        d_model=d_model,
+        d_ff=d_ff,
+        d_head=d_model // CONFIG.n_heads,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "official"

@@ -4,10 +4,9 @@ The groups cut the contracting axis K in equal, consecutive parts: the matrix's 
 column n is `weight[n, k] * scales[k // (K / G), n]`. The values are held transposed, [n, k]: what
 makes one output lies together, which is how products read a matrix fastest. The official
 checkpoint holds [k, n]; reading and writing it turn the matrices round, except where a matrix is
-used in its file (`Stored`).
+used as it lies in its file (`Stored`).
 """
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -21,12 +20,25 @@ from grokkit.sharding import Declaration, ParamSpec
 
 
 class Stored(NamedTuple):
-    """How a stack of matrices lies in the bytes of a file of the official layout."""
+    """How a stack of matrices lies in the bytes of a file.
+
+    Where the matrices are cut over a mesh, each device has all the bytes, and uses those of its part.
+    """
 
     shape: tuple[int, ...]
-    """`(*lead, k, n)`, in this order."""
+    """`(*lead, k, n)`, of whole matrices."""
+    groups: int
+    """Scale groups of a whole matrix."""
+    k_first: bool
+    """Whether they lie as [k, n], as in the official layout, and not as [n, k]."""
     before: int
     """Bytes before the first entry."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many rows a matrix has as it lies, and of how many entries."""
+        k, n = self.shape[-2:]
+        return (k, n) if self.k_first else (n, k)
 
 
 class QuantizedArray(eqx.Module):
@@ -43,8 +55,9 @@ class QuantizedArray(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix, leading axes first: `(*lead, k, n)`."""
-        if self.stored:
-            return self.stored.shape
+        if self.stored:  # of which a device's part has its own scales
+            *lead, k, _ = self.stored.shape
+            return (*lead, k // self.stored.groups * self.groups, self.scales.shape[-1])
         *lead, n, k = self.weight.shape
         return (*lead, k, n)
 
@@ -92,9 +105,22 @@ def n_first(q: QuantizedArray) -> QuantizedArray:
     """The same, with the values as `[*lead, n, k]` if they are a file's bytes."""
     if not q.stored:
         return q
-    before = q.stored.before
-    weight = q.weight[before : before + math.prod(q.shape)].reshape(q.shape)
-    return QuantizedArray(jnp.swapaxes(weight, -1, -2), q.scales)
+    (*lead, k, n), k_first = q.shape, q.stored.k_first
+    weight = q.weight[q.stored.before :].reshape(*lead, *q.stored.rows)
+    start, size = (*(0 for _ in lead), *first_entry(q)), (k, n) if k_first else (n, k)
+    weight = jax.lax.dynamic_slice(weight, start, (*lead, *size))
+    return QuantizedArray(jnp.swapaxes(weight, -1, -2) if k_first else weight, q.scales)
+
+
+def first_entry(q: QuantizedArray) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
+    """Of matrices that are a file's bytes, the row and column, as they lie, where this device's part
+    begins; under `shard_map` over the axis `model`, if they are cut."""
+    assert q.stored
+    along_k, along_n = (
+        0 if part == whole else part * jax.lax.axis_index("model")
+        for part, whole in zip(q.shape[-2:], q.stored.shape[-2:], strict=True)
+    )
+    return (along_k, along_n) if q.stored.k_first else (along_n, along_k)
 
 
 def index(
@@ -120,8 +146,8 @@ def layout(w: QuantizedArray | Slot | Array, cut: Literal["k", "n"]) -> PyTree[P
         return first if cut == "k" else last
     scales = first if cut == "k" else last
     weight = last if cut == "k" else first
-    if stack.stored:  # which is one device's: all of it, as of any axis
-        weight = P("model")
+    if stack.stored:  # each device has all the bytes
+        weight = P(None)
     return jax.tree.unflatten(jax.tree.structure(w), [weight, scales, *(P() for _ in at)])
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Int8
 
 from grokkit import cpu
 from grokkit.numerics import einsum32
-from grokkit.quant import QuantizedArray, Slot, n_first
+from grokkit.quant import QuantizedArray, Slot, first_entry, n_first
 
 _BLOCK = 2**21
 """Entries of the matrix that a gradient converts at a time: their floats fit in a cache of a few
@@ -68,8 +68,8 @@ def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Fl
     """The same as `plain`, in loops of our own. Differentiable in `x`."""
     if not cpu.is_there():
         return plain(x, w, dtype)
-    flat, place = _flat(w)
-    return _product(_varying(x, flat), flat, place, jnp.dtype(dtype), _before(w))
+    flat, how = _flat(w, dtype)
+    return _product(_varying(x, flat), flat, how)
 
 
 def grouped_on_cpu(
@@ -84,35 +84,56 @@ def grouped_on_cpu(
     - `w`: the matrices, stacked.
     - `dtype`: as for `matmul`.
     """
-    flat, place = _flat(w)
-    return cpu.grouped_product(_varying(x, flat), counts, *flat, place, dtype, _before(w))
+    flat, how = _flat(w, dtype)
+    return _products(_varying(x, flat), counts, flat, how)
 
 
 class _Flat(NamedTuple):
-    """A stack of matrices as one: each matrix, and its groups' scales, in consecutive rows."""
+    """A stack of matrices as one: each matrix, and its groups' scales, in consecutive rows; or, if it
+    is a file's bytes, the scales so."""
 
     weight: Int8[Array, "matrix_n k"] | Int8[Array, " bytes"]
     scales: BFloat16[Array, "matrix_g n"]
+    place: Int[Array, ""]
+    """Of a matrix in the stack; of several, the first one's."""
+    first: tuple[Int[Array, ""], Int[Array, ""]]
+    """Row and column, as they lie, of a matrix's first entry that is used."""
 
 
-def _flat(w: QuantizedArray | Slot) -> tuple[_Flat, Int[Array, ""]]:
-    """The stack that a matrix is in, and its place there; of several matrices, the first one's."""
-    stack, at = _stack(w), w.at if isinstance(w, Slot) else ()
-    (*lead, _, n), place = stack.shape, jnp.int32(0)
+class _How(NamedTuple):
+    """What is known of a product before it is computed."""
+
+    dtype: Any
+    k: int
+    groups: int
+    strides: cpu.Strides
+    before: int
+    """Bytes before the first matrix."""
+
+
+def _flat(w: QuantizedArray | Slot, dtype: Any) -> tuple[_Flat, _How]:
+    """The stack that a matrix is in, and its place there."""
+    stack, at = (w.stack, w.at) if isinstance(w, Slot) else (w, ())
+    (*lead, k, n), place, stored = stack.shape, jnp.int32(0), stack.stored
     for axis, size in enumerate(lead):
         place = place * size + (at[axis] if axis < len(at) else 0)
-    weight = stack.weight if stack.stored else stack.weight.reshape(-1, stack.weight.shape[-1])
-    return _Flat(weight, stack.scales.reshape(-1, n)), place
+    scales, zero = stack.scales.reshape(-1, n), jnp.int32(0)
+    if stored:
+        rows, row = stored.rows
+        strides, before = cpu.Strides(stored.k_first, row, rows * row), stored.before
+        weight, first = stack.weight, tuple(jnp.int32(i) for i in first_entry(stack))
+    else:
+        strides, before = cpu.Strides(False, k, n * k), 0
+        weight, first = stack.weight.reshape(-1, k), (zero, zero)
+    how = _How(jnp.dtype(dtype), k, stack.groups, strides, before)
+    return _Flat(weight, scales, place, first), how
 
 
-def _stack(w: QuantizedArray | Slot) -> QuantizedArray:
-    return w.stack if isinstance(w, Slot) else w
-
-
-def _before(w: QuantizedArray | Slot) -> int | None:
-    """If the weights are a file's bytes, how many are before them."""
-    stored = _stack(w).stored
-    return stored.before if stored else None
+def _products(x: Array, counts: Array, flat: _Flat, how: _How) -> Array:
+    row, column = flat.first
+    before = how.before + row * how.strides.row + column
+    stack = flat.weight, flat.scales, how.groups, flat.place
+    return cpu.grouped_product(x, counts, *stack, how.dtype, how.strides, before)
 
 
 def _varying(x: Array, flat: _Flat) -> Array:
@@ -121,75 +142,82 @@ def _varying(x: Array, flat: _Flat) -> Array:
     Where the matrix differs between devices, so does the gradient of what it multiplies.
     """
     # Of whole numbers XLA knows that this is 0, so that nothing is added.
-    return x + (0 * flat.weight[(0,) * flat.weight.ndim]).astype(x.dtype)
+    return x + (0 * jax.lax.bitcast_convert_type(flat.scales[0, 0], jnp.uint16)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, flat: _Flat, place: Array, dtype: Any, before: int | None) -> Array:
-    return cpu.grouped_product(x, jnp.array([x.shape[0]]), *flat, place, dtype, before)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, flat: _Flat, how: _How) -> Array:
+    return _products(x, jnp.array([x.shape[0]]), flat, how)
 
 
-def _forward(x: Array, flat: _Flat, place: Array, dtype: Any, before: int | None) -> Any:
-    return _product(x, flat, place, dtype, before), (flat, place, x.shape[1])
+def _forward(x: Array, flat: _Flat, how: _How) -> Any:
+    return _product(x, flat, how), flat
 
 
-def _backward(dtype: Any, before: int | None, residuals: Any, dy: Float[Array, "row n"]) -> Any:
+def _backward(how: _How, flat: _Flat, dy: Float[Array, "row n"]) -> Any:
     """The gradient of `x`, in float32; the weights have none."""
-    (weight, scales), place, k = residuals
-    n = scales.shape[1]
-    groups = scales.shape[0] // (weight.size // (n * k))
-    size = k // groups
-    scaled = jax.lax.dynamic_slice(scales, (place * groups, jnp.int32(0)), (groups, n))
+    n = flat.scales.shape[1]
+    start = flat.place * how.groups, jnp.int32(0)
+    scaled = jax.lax.dynamic_slice(flat.scales, start, (how.groups, n))
     scaled = dy * scaled.astype(jnp.float32)[:, None]
-    if before is None:
-        dx = _through_outputs(scaled, weight, place, size)
+    through = _through_entries if how.strides.k_first else _through_outputs
+    dx = through(scaled, flat, how)
+    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], -1), None
+
+
+def _block(
+    flat: _Flat, how: _How, row: Any, column: Any, shape: tuple[int, int]
+) -> Float[Array, "row column"]:
+    """Some of a matrix's rows, as they lie, as floats."""
+    weight, strides = flat.weight, how.strides
+    if weight.ndim == 1:
+        row, column = flat.first[0] + row, flat.first[1] + column
+        # Whole rows: of the bytes after the last part of a row there may be too few.
+        start = how.before + flat.place * strides.matrix + row * strides.row
+        size = shape[0] * strides.row
+        weight = jax.lax.dynamic_slice(weight, (start,), (size,)).reshape(-1, strides.row)
+        row = jnp.int32(0)
     else:
-        dx = _through_entries(scaled, weight, before, place, size)
-    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], -1), None, None
+        row = flat.place * (strides.matrix // strides.row) + row
+    return jax.lax.dynamic_slice(weight, (row, column), shape).astype(jnp.float32)
 
 
 def _through_outputs(
-    scaled: Float[Array, "group row n"], weight: Int8[Array, "matrix_n k"], place: Any, k: int
+    scaled: Float[Array, "group row n"], flat: _Flat, how: _How
 ) -> Float[Array, "group row entry"]:
-    """The gradient of each group's entries, `k` of them, some outputs at a time."""
+    """The gradient of each group's entries, some outputs at a time."""
     groups, rows, n = scaled.shape
+    k = how.k // groups
     size = block_rows(n, k)
 
     def one(_, group):
         def add(total, row):
-            block = jax.lax.dynamic_slice(weight, (place * n + row, group * k), (size, k))
+            block = _block(flat, how, row, group * k, (size, k))
             part = jax.lax.dynamic_slice(scaled, (group, 0, row), (1, rows, size))[0]
-            product = jnp.dot(part, block.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+            product = jnp.dot(part, block, precision=jax.lax.Precision.HIGHEST)
             return total + product, None
 
         # Zeros that vary over the devices as the sums will.
-        zeros = 0 * jnp.dot(scaled[0, :, :1], weight[:1, :k].astype(jnp.float32))
+        zeros = jnp.zeros((rows, k)) + 0 * scaled[0, :, :1]
         return None, jax.lax.scan(add, zeros, jnp.arange(0, n, size, dtype=jnp.int32))[0]
 
     return jax.lax.scan(one, None, jnp.arange(groups, dtype=jnp.int32))[1]
 
 
 def _through_entries(
-    scaled: Float[Array, "group row n"],
-    weight: Int8[Array, " bytes"],
-    before: int,
-    place: Any,
-    k: int,
+    scaled: Float[Array, "group row n"], flat: _Flat, how: _How
 ) -> Float[Array, "group row entry"]:
     """The same of a matrix that lies as [k, n], some entries at a time."""
     groups, rows, n = scaled.shape
+    k = how.k // groups
     size = block_rows(k, n)
 
     def one(_, i):
-        start = before + (place * groups * k + i * size) * n
-        block = jax.lax.dynamic_slice(weight, (start,), (size * n,)).reshape(size, n)
-        product = jnp.dot(
-            scaled[i * size // k], block.T.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )  # fmt: skip
-        return None, product
+        block = _block(flat, how, i * size, jnp.int32(0), (size, n))
+        part = scaled[i * size // k]
+        return None, jnp.dot(part, block.T, precision=jax.lax.Precision.HIGHEST)
 
-    steps = jnp.arange(groups * k // size, dtype=jnp.int32)
+    steps = jnp.arange(how.k // size, dtype=jnp.int32)
     dx = jax.lax.scan(one, None, steps)[1].reshape(groups, k // size, rows, size)
     return jnp.moveaxis(dx, 2, 1).reshape(groups, rows, k)
 

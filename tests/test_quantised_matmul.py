@@ -27,7 +27,9 @@ def in_a_file(w):
     stack, *at = (w.stack, w.at) if isinstance(w, Slot) else (w,)
     entries = jnp.swapaxes(stack.weight, -1, -2).reshape(-1)
     weight = jnp.concatenate([jnp.full(BEFORE, 99, jnp.int8), entries])
-    stack = QuantizedArray(weight, stack.scales, Stored(stack.shape, BEFORE))
+    stack = QuantizedArray(
+        weight, stack.scales, Stored(stack.shape, stack.groups, k_first=True, before=BEFORE)
+    )
     return Slot(stack, *at) if at else stack
 
 

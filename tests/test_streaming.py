@@ -340,6 +340,8 @@ def test_repr_says_that_it_is_streamed(streamed):
 def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
     """Of twelve; while one is used the next is being read."""
     monkeypatch.setattr(loading, "new_part", part)
+    if part is loading.DevicePart:  # which cannot use what lies otherwise
+        monkeypatch.setattr(streaming, "as_stored", lambda plans: plans)
     checkpoint = open_checkpoint(golden_dir)
     plans = plan_params(checkpoint, param_specs(checkpoint.config), mesh)
     reader = LayerReader(plans.blocks)
@@ -354,18 +356,38 @@ def test_two_layers_in_memory_at_most(golden_dir, mesh, part, monkeypatch):
 
     monkeypatch.setattr(reader, "_read", watch)
     expected = loading.load_params(checkpoint, param_specs(checkpoint.config), mesh, False).blocks
+    reader.past_cache = True  # the others are tested below
     i = -1
     for block in reader.layers():  # enumerate would hold on to the last one
         i += 1
-        for leaf, stack in zip(jax.tree.leaves(block), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(leaf, stack[i])
-            assert tuple(leaf.sharding.spec) == tuple(stack.sharding.spec[1:])
-        del block, leaf, stack
+        check_layer(block, jax.tree.map(lambda a, i=i: a[i], expected))
+        del block
     assert i == 11 and max(alive) <= 2
-    if part is loading.HostPart:  # the same memory, over and over
+    if part is loading.HostPart:  # the same memory, over and over, of both devices
         kept = [p for slot in reader._parts for leaf in slot.values() for p in leaf.values()]
-        read = sum(plan.nbytes for layer in reader._plans for plan in layer)
-        assert sum(p.memory.nbytes for p in kept) < 2.5 * read / reader.n_layers
+        assert sum(memory_of(kept).values()) < 2.5 * reader.nbytes / reader.n_layers
+
+
+def check_layer(found, expected):
+    """The matrices that are a file's bytes, too, are those that lie by themselves."""
+
+    def check(ours, theirs):
+        assert ours.shape == theirs.shape
+        if isinstance(ours, QuantizedArray) and ours.stored:
+            assert ours.weight.sharding.is_fully_replicated
+            ours = n_first(ours)
+            np.testing.assert_array_equal(ours.weight, theirs.weight)
+            ours, theirs = ours.scales, theirs.scales
+        for leaf, like in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            np.testing.assert_array_equal(leaf, like)
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+    jax.tree.map(check, found, expected, is_leaf=lambda a: isinstance(a, QuantizedArray))
+
+
+def memory_of(parts):
+    """Addresses of some parts' memory, and its bytes."""
+    return {part.memory.ctypes.data: part.memory.nbytes for part in parts}
 
 
 class _Ended:
@@ -412,6 +434,9 @@ def test_memory_is_not_read_into_until_its_layer_is_used_no_more(golden_dir, n_d
 
 def test_the_disk_is_told_of_every_layer_before_it_is_read(golden_dir, mesh, monkeypatch):
     """Of the next one's beginning while a layer is read; so it need not wait for processors."""
+    monkeypatch.setattr(streaming, "as_stored", lambda plans: plans)
+    for is_mapped in ("can_be_mapped", "is_soon_copied"):
+        monkeypatch.setattr(streaming, is_mapped, lambda plan: False)
     checkpoint = open_checkpoint(golden_dir)
     reader = LayerReader(plan_params(checkpoint, param_specs(checkpoint.config), mesh).blocks)
     called_for, told, read_leaves = {}, [], streaming.read_leaves
@@ -550,19 +575,21 @@ def test_layers_from_the_page_cache_are_those_that_are_copied(
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is mapped")
-def test_one_device_uses_the_files_pages_of_two_layers_at_most(converted):
-    reader, seen = reader_of(converted), []
+@pytest.mark.parametrize("n_devices", [1, 2, 8])
+def test_the_files_pages_of_two_layers_at_most_are_used(converted, n_devices):
+    reader, seen = reader_of(converted, n_devices), []
     of_a_layer = reader.nbytes / reader.n_layers
     for layer in reader.layers():
         jax.block_until_ready(layer)
         there = resident_bytes(converted)
         seen.append(sum(there.values()))
         inside = [
-            any(a <= leaf.unsafe_buffer_pointer() < b for a, b in there)
+            any(a <= leaf.addressable_data(0).unsafe_buffer_pointer() < b for a, b in there)
             for leaf in jax.tree.leaves(layer)
         ]
-        assert all(inside)  # nothing was copied
-        assert not any(reader._parts)
+        if n_devices == 1:
+            assert all(inside)  # nothing was copied
+            assert not any(reader._parts)
     ends = 2 * 2 * mmap.PAGESIZE * len(inside)  # an array begins and ends within a page
     assert of_a_layer <= max(seen) <= 2 * of_a_layer + ends
 
@@ -596,43 +623,55 @@ def test_a_mapped_file_that_cannot_be_read_is_named(converted, monkeypatch):
         next(reader_of(converted).layers())
 
 
+@pytest.mark.parametrize("n_devices", [1, 2, 8])
 @pytest.mark.parametrize("past_cache", [False, True])
-def test_one_device_uses_official_matrices_as_they_lie(golden_dir, past_cache):
-    """In the page cache, or read past it."""
-    reader, copying = reader_of(golden_dir), reader_of(golden_dir, 2)
+@pytest.mark.parametrize("layout", ["official", "converted"])
+def test_matrices_are_used_as_they_lie(golden_dir, converted, layout, past_cache, n_devices):
+    """In the page cache, or read past it; by all devices in one place."""
+    directory = golden_dir if layout == "official" else converted
+    reader = reader_of(directory, n_devices)
+    expected = loading.load_planned(plans_of(directory, n_devices), "", progress=False)
     assert not reader.past_cache
     reader.past_cache = past_cache
-    matrices = 0
-    for i, (layer, other) in enumerate(zip(reader.layers(), copying.layers(), strict=True)):
+    stored = set()
+    for i, layer in enumerate(reader.layers()):
+        check_layer(layer, jax.tree.map(lambda a, i=i: a[i], expected))
         assert jax.tree.map(jnp.shape, layer) == jax.tree.map(jnp.shape, reader.abstract())
         if past_cache:  # in memory that was read into
             kept = [part.memory for leaf in reader._parts[i % 2].values() for part in leaf.values()]
             there = [(m.ctypes.data, m.ctypes.data + m.nbytes) for m in kept]
         else:
-            there = list(resident_bytes(golden_dir))
-        pairs = [
-            (getattr(ours, name), getattr(theirs, name))
-            for ours, theirs in ((layer.moe, other.moe), (layer.attention, other.attention))
-            for name in vars(ours)
-        ]
-        for found, expected in pairs:
-            if not isinstance(found, QuantizedArray):
-                continue
-            matrices += 1
-            assert found.stored and found.shape == expected.shape
-            pointer = found.weight.unsafe_buffer_pointer()
-            assert any(a <= pointer < b for a, b in there)  # it was not copied
-            np.testing.assert_array_equal(n_first(found).weight, expected.weight)
-            np.testing.assert_array_equal(found.scales, expected.scales)
-    assert matrices == 7 * reader.n_layers
+            there = list(resident_bytes(directory))
+        for part in (layer.moe, layer.attention):
+            for name, found in vars(part).items():
+                if not isinstance(found, QuantizedArray):
+                    continue
+                places = {
+                    shard.data.unsafe_buffer_pointer() for shard in found.weight.addressable_shards
+                }
+                for place in places:
+                    assert any(a <= place < b for a, b in there)  # it was not copied
+                if found.stored:
+                    assert len(places) == 1
+                    stored.add((type(part).__name__, name))
+    # Of the converted ones those whose parts are in one piece need not be told where they lie.
+    in_pieces = {("MoE", "gate"), ("MoE", "value"), ("MoE", "out"), ("Attention", "out")}
+    rest = {("Attention", name) for name in ("query", "key", "value")}
+    if layout == "official":
+        assert stored == in_pieces | rest
+    else:
+        assert stored == (in_pieces if n_devices > 1 else set())
     assert reader.rate() > 0
 
 
-def test_official_matrices_as_they_lie_give_the_results_of_turned_ones(golden_dir, tokens):
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_official_matrices_as_they_lie_give_the_results_of_turned_ones(
+    golden_dir, tokens, n_devices
+):
     """Products of few rows are summed in another order, and no others."""
 
     def load(dtype, stream):
-        mesh = grokkit.make_mesh(1, 1)
+        mesh = grokkit.make_mesh(1, n_devices)
         return grokkit.load(golden_dir, mesh, dtype, progress=False, stream=stream)
 
     lm, streamed, rounded, rounded_streamed = (
@@ -659,25 +698,21 @@ def test_official_matrices_as_they_lie_give_the_results_of_turned_ones(golden_di
     assert relative_error(found, expected) < 1e-4
 
 
-def test_official_matrices_that_cannot_be_used_where_they_lie(golden_dir):
-    """Those of two devices; and where files' beginnings differ in length."""
-    for n_devices, are_stored in ((1, True), (2, False)):
-        plans = plans_of(golden_dir, n_devices)
-        found = mapped.as_stored(plans)
-        assert bool(found.moe.gate.stored) == are_stored
-        if not are_stored:
-            assert found.moe.gate is plans.moe.gate
-        else:
-            source = plans.moe.gate.weight.sources[1]
-            for more in (1, -64):
-                span = dataclasses.replace(source.span, offset=source.span.offset + more)
-                sources = list(plans.moe.gate.weight.sources)
-                sources[1] = dataclasses.replace(source, span=span)
-                weight = dataclasses.replace(plans.moe.gate.weight, sources=tuple(sources))
-                matrix = jax.tree.unflatten(
-                    jax.tree.structure(plans.moe.gate), [weight, plans.moe.gate.scales]
-                )
-                assert mapped.as_stored(matrix) is matrix
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_official_matrices_that_cannot_be_used_where_they_lie(golden_dir, n_devices):
+    """Where files' beginnings differ in length."""
+    plans = plans_of(golden_dir, n_devices)
+    assert mapped.as_stored(plans).moe.gate.stored
+    source = plans.moe.gate.weight.sources[1]
+    for more in (1, -64):
+        span = dataclasses.replace(source.span, offset=source.span.offset + more)
+        sources = list(plans.moe.gate.weight.sources)
+        sources[1] = dataclasses.replace(source, span=span)
+        weight = dataclasses.replace(plans.moe.gate.weight, sources=tuple(sources))
+        matrix = jax.tree.unflatten(
+            jax.tree.structure(plans.moe.gate), [weight, plans.moe.gate.scales]
+        )
+        assert mapped.as_stored(matrix) is matrix
 
 
 @pytest.mark.parametrize("what", ["turned", "other dtype", "unaligned", "cut", "accelerator"])

@@ -139,12 +139,16 @@ class _Source:
         self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
     ) -> Wanted | None:
         """What to read straight into the devices' parts, or `None` if that cannot be."""
-        rooms = {device: p for device, p in parts.items() if isinstance(p, HostPart)}
+        rooms = {device: p.memory for device, p in parts.items() if isinstance(p, HostPart)}
         if not (rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype):
             return None
+        first = {
+            id(rooms[device]): device for device in reversed(slices)
+        }  # that has it, of several
         places = [
-            Place(self._in_file(index), rooms[device].memory[place], device)
+            Place(self._in_file(index), rooms[device][place], device)
             for device, (place, index) in slices.items()
+            if first[id(rooms[device])] == device
         ]
         return Wanted(self.file, self.span, self.turned, places)
 
@@ -257,11 +261,24 @@ Parts = dict[Any, "HostPart | DevicePart"]
 """A leaf's part on each device of this process."""
 
 
-def new_parts(plan: LeafPlan) -> Parts:
-    """Room for each of this process's devices' part of a leaf."""
+def new_parts(plan: LeafPlan, are_shared: bool = False) -> Parts:
+    """Room for each of this process's devices' part of a leaf.
+
+    **Arguments:**
+
+    - `plan`: of the leaf.
+    - `are_shared`: CPU devices that have the same of the leaf have one memory for it, which no
+        program may then write over.
+    """
     shape = plan.sharding.shard_shape(plan.shape)
     devices = plan.sharding.addressable_devices_indices_map(plan.shape)
-    return {device: new_part(device, shape, plan.dtype) for device in devices}
+    parts: Parts = {}
+    shared: dict[Any, np.ndarray] = {}
+    for device, index in devices.items():
+        part = parts[device] = new_part(device, shape, plan.dtype)
+        if are_shared and isinstance(part, HostPart):
+            part.memory = shared.setdefault(str(index), part.memory)
+    return parts
 
 
 def read_leaves(

@@ -1,8 +1,8 @@
 """Arrays that are the very pages of their files, which nothing copies.
 
-That is possible on CPU devices, for what lies in a file just as the model holds it; and on one such
-device for the 8-bit matrices of official files, which its products take as they are, in the file's
-pages or in other memory.
+That is possible on CPU devices, for what lies in a file just as the model holds it; and for 8-bit
+matrices that do not, which products there take as they lie, in the file's pages or in other memory:
+they are of the official layout, or a device's part of them is not in one piece.
 """
 
 import dataclasses
@@ -42,8 +42,13 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     first = plan.sources[0].span
     before = first.offset % PAGE  # so that whole pages can be read, past the page cache
     n_layers, n_bytes = len(plan.sources), before + first.nbytes
-    are_fit = all(source.turned and source.span.offset >= before for source in plan.sources)
-    if not (cpu.is_there() and are_fit and n_bytes <= _MOST and plan.sharding.num_devices == 1):
+    are_fit = all(source.span.offset >= before for source in plan.sources)
+    layers = [plan.layer(i) for i in range(n_layers)]
+    # Of other processes' parts nothing is to be read.
+    is_alone = plan.sharding.is_fully_addressable
+    if all(map(can_be_mapped, layers)):
+        return matrix
+    if not (cpu.is_there() and are_fit and n_bytes <= _MOST and is_alone):
         return matrix
 
     def as_bytes(source: Any) -> Any:
@@ -51,13 +56,16 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
         span = dataclasses.replace(source.span, shape=(n_bytes,), offset=offset)
         return dataclasses.replace(source, turned=False, span=span)
 
-    axes = [axis for axis in plan.sharding.spec if axis is not None]
-    sharding = NamedSharding(plan.sharding.mesh, PartitionSpec(None, *axes))
+    sharding = NamedSharding(plan.sharding.mesh, PartitionSpec(None, None))
     sources = tuple(map(as_bytes, plan.sources))
     weight = LeafPlan((n_layers, n_bytes), plan.dtype, sharding, sources)
     if not all(can_be_mapped(weight.layer(i)) for i in range(n_layers)):
         return matrix
-    return quant.as_stored(matrix, weight, Stored(first.shape, before))
+    scales: Any = matrix.scales
+    turned = plan.sources[0].turned
+    *lead, k, n = first.shape if turned else (*first.shape[:-2], *first.shape[:-3:-1])
+    stored = Stored((*lead, k, n), scales.shape[-2], turned, before)
+    return quant.as_stored(matrix, weight, stored)
 
 
 def can_be_mapped(plan: LeafPlan) -> bool:
@@ -68,7 +76,7 @@ def can_be_mapped(plan: LeafPlan) -> bool:
 def is_soon_copied(plan: LeafPlan) -> bool:
     """Whether a leaf is so small that it is copied from its mapped file, where it cannot be used,
     sooner than read."""
-    is_small = plan.nbytes < pages.LARGE and plan.sharding.num_devices == 1
+    is_small = plan.nbytes < pages.LARGE and plan.sharding.is_fully_addressable
     return _lies_in_a_file(plan) and is_small
 
 
@@ -100,7 +108,7 @@ def _is_stretch(plan: LeafPlan, index: tuple[slice, ...]) -> bool:
     """Whether a part is in one piece, and begins where XLA can use it if the leaf does."""
     ranges = [range(*s.indices(n)) for s, n in zip(index, plan.shape, strict=True)]
     last_cut = max((i for i, n in enumerate(plan.shape) if len(ranges[i]) < n), default=0)
-    offset = plan.dtype.itemsize * np.ravel_multi_index([r.start for r in ranges], plan.shape)
+    offset = plan.dtype.itemsize * int(np.ravel_multi_index([r.start for r in ranges], plan.shape))
     return offset % _ALIGNMENT == 0 and all(len(r) == 1 for r in ranges[:last_cut])
 
 
@@ -167,8 +175,8 @@ class MappedLeaves:
         values = self._values(plan)
         if not _is_in_place(plan):
             memory = parts(i)
-            for part in memory.values():
-                part.write(..., values)
+            for device, index in _places(plan).items():
+                memory[device].write(..., values[index])
             return finished(plan, memory)
         devices = [jax.device_put(values[index], device) for device, index in _places(plan).items()]
         leaf = jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, devices)

@@ -35,6 +35,8 @@ class LayerReader:
 
         - `plans`: of the stacked layers, each leaf with a leading layer axis; see `plan_params`.
         """
+        self.nbytes: int = sum(plan.nbytes for plan in jax.tree.leaves(plans))
+        """Of the layers' weights, which a pass over them all reads."""
         leaves, self._treedef = jax.tree.flatten(as_stored(plans))
         self.n_layers: int = leaves[0].shape[0]
         self._plans: list[list[LeafPlan]] = [
@@ -66,11 +68,6 @@ class LayerReader:
         """Whether a leaf is used where it lies in the page cache, or soon copied from there."""
         return not self.past_cache and (can_be_mapped(plan) or is_soon_copied(plan))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a pass over all layers reads."""
-        return sum(plan.nbytes for layer in self._plans for plan in layer)
-
     def rate(self) -> float:
         """Bytes a second at which layers have been read so far, in all passes together.
 
@@ -88,10 +85,10 @@ class LayerReader:
         if self._is_mapped(plan):
             mapped = MappedLeaves({0: plan}, {})
             with slabs.new_pool() as pool:
-                seconds = _timed(lambda: mapped.read(pool, lambda _: new_parts(plan)))[1]
+                seconds = _timed(lambda: mapped.read(pool, lambda _: _new_parts(plan)))[1]
             mapped.let_go()
             return seconds
-        parts, past = [new_parts(plan)], self.past_cache
+        parts, past = [_new_parts(plan)], self.past_cache
         return _timed(lambda: read_leaves([plan], parts, past_cache=past))[1]
 
     def abstract(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -111,7 +108,7 @@ class LayerReader:
         """
         plans = choose(jax.tree.unflatten(self._treedef, self._plans[layer]))
         leaves, treedef = jax.tree.flatten(plans)
-        return jax.tree.unflatten(treedef, read_leaves(leaves, [new_parts(p) for p in leaves]))
+        return jax.tree.unflatten(treedef, read_leaves(leaves, [_new_parts(p) for p in leaves]))
 
     def layers(
         self, start: int = 0, stop: int | None = None, backwards: bool = False
@@ -186,7 +183,7 @@ class LayerReader:
             return [leaves[i] for i in range(len(leaves))]
 
         leaves, seconds = _timed(read)
-        self._bytes_read += sum(plan.nbytes for plan in self._plans[layer])
+        self._bytes_read += self.nbytes // self.n_layers
         self._seconds += seconds
         return leaves
 
@@ -204,8 +201,12 @@ class LayerReader:
         kept = self._parts[layer % 2]
         for i in leaves:
             if i not in kept:
-                kept[i] = new_parts(self._plans[layer][i])
+                kept[i] = _new_parts(self._plans[layer][i])
         return [kept[i] for i in leaves]
+
+
+def _new_parts(plan: LeafPlan) -> Parts:
+    return new_parts(plan, are_shared=True)
 
 
 def _physical_memory() -> int:

@@ -1,6 +1,7 @@
 """Products on a CPU: loops of our own, which XLA calls; and turning 8-bit matrices round."""
 
 from grokkit.cpu.product import (
+    Strides,
     cores,
     float_products,
     float_sums,
@@ -12,6 +13,7 @@ from grokkit.cpu.product import (
 from grokkit.cpu.turning import turn
 
 __all__ = [
+    "Strides",
     "cores",
     "float_products",
     "float_sums",

@@ -8,7 +8,9 @@ from grokkit.cpu.task import (
     GROUPS,
     MATRICES,
     MATRIX,
+    MATRIX_BYTES,
     OUT,
+    ROW_BYTES,
     ROWS,
     SCALES,
     WEIGHT,
@@ -48,18 +50,18 @@ def multiplier(entry: int) -> Any:
         k, groups, n, starts = task[K], task[GROUPS], task[N], words(task[ROWS], task[MATRICES] + 1)
         matrix, rows = words(task[MATRIX], task[MATRICES])[i], starts[i + 1] - starts[i]
         x, out = task[X] + 4 * k * starts[i], task[OUT] + 4 * n * starts[i]
-        weight = task[WEIGHT] + width * matrix * n * k
+        weight, row_bytes = task[WEIGHT] + matrix * task[MATRIX_BYTES], task[ROW_BYTES]
         scales = task[SCALES] + 2 * matrix * groups * n
         tiles = -(-rows // _AT_ONCE)
         at_once = max(1, _BYTES // (width * k * _SOME)) * _SOME if tiles > 1 else n
-        how = (groups, k // groups, n, 4 * k)
+        how = (groups, k // groups, n, 4 * k, row_bytes)
         for start in range(first, last, at_once):
             end = min(start + at_once, last)
             for t in range(tiles):
                 r, j = rows * t // tiles, start
                 some = rows * (t + 1) // tiles - r
                 while j < end:
-                    weight_at, to = weight + width * k * j, out + 4 * (n * r + j)
+                    weight_at, to = weight + row_bytes * j, out + 4 * (n * r + j)
                     where = (x + 4 * k * r, weight_at, scales + 2 * j, to, *how)
                     if end - j >= _SOME:
                         some_outputs(some, where)

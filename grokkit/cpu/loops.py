@@ -19,9 +19,11 @@ from grokkit.cpu.task import (
     K_FIRST,
     MATRICES,
     MATRIX,
+    MATRIX_BYTES,
     PACKING,
     PIECES,
     PRODUCTS,
+    ROW_BYTES,
     ROWS,
     SIZE,
     SUMS,
@@ -51,16 +53,17 @@ def piece_runner(version: int) -> Any:
     def multiply_turned(task: Any, i: int, first: int, last: int) -> None:
         """Outputs of a matrix that lies as [k, n], of which some after the other are turned round
         and used while they are in the caches."""
-        k, n, matrix = task[K], task[N], words(task[MATRIX], task[MATRICES])[i]
-        source = task[WEIGHT] + matrix * n * k
+        k, matrix = task[K], words(task[MATRIX], task[MATRICES])[i]
+        source = task[WEIGHT] + matrix * task[MATRIX_BYTES]
         room = np.empty(many_rows.COLUMNS * k + LINE, np.int8)
         this = task.copy()
+        this[ROW_BYTES], this[MATRIX_BYTES] = k, 0
         for output in range(first, last, many_rows.COLUMNS):
             start, stop = max(0, output), min(last, output + many_rows.COLUMNS)
             # Within the loop: memory whose name is not used any more is let go.
             turned = first_line(room)
-            turn_into_cache(source + start, k, stop - start, n, turned, k)
-            this[WEIGHT] = turned - (matrix * n + start) * k
+            turn_into_cache(source + start, k, stop - start, task[ROW_BYTES], turned, k)
+            this[WEIGHT] = turned - start * k
             multiply_whole(this, i, start, stop)
 
     @compiled
@@ -73,7 +76,7 @@ def piece_runner(version: int) -> Any:
             unit = SIDE
         if task[K_FIRST]:  # a line of the caches may begin before the first output
             matrix = words(task[MATRIX], task[MATRICES])[i]
-            before = (task[WEIGHT] + matrix * n * k) % LINE
+            before = (task[WEIGHT] + matrix * task[MATRIX_BYTES]) % LINE
             unit = few_columns.UNIT if are_few and not task[WHOLE] else many_rows.COLUMNS
         units = -(-(n + before) // unit)
         first = unit * (units * part // parts) - before

@@ -26,9 +26,11 @@ from grokkit.cpu.task import (
     K_FIRST,
     MATRICES,
     MATRIX,
+    MATRIX_BYTES,
     OUT,
     PACKED,
     ROUNDED,
+    ROW_BYTES,
     ROWS,
     SCALES,
     WEIGHT,
@@ -117,7 +119,8 @@ def _sum_up(
     k, n, groups = task[K], task[N], task[GROUPS]
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
-    weight = task[WEIGHT] + matrix * n * k + start * k
+    row_bytes = task[ROW_BYTES]
+    weight = task[WEIGHT] + matrix * task[MATRIX_BYTES] + start * row_bytes
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     panel_at, output_bytes = address_of(panel), 4 * (_CHUNK + LANES)
     scale_bits = scales.view(np.uint32)
@@ -126,8 +129,9 @@ def _sum_up(
             entries = min(_CHUNK, (g + 1) * group - chunk)
             for j in range(0, outputs, OUTPUTS):
                 for o in range(min(OUTPUTS, outputs - j)):
-                    source = weight + chunk + (j + o) * k
-                    numbers = source, panel_at + o * output_bytes, entries, source + _AHEAD * k
+                    source = weight + chunk + (j + o) * row_bytes
+                    soon = source + _AHEAD * row_bytes
+                    numbers = source, panel_at + o * output_bytes, entries, soon
                     if paired:
                         _as_halves(*numbers)
                     else:
@@ -146,7 +150,7 @@ def _sum_up_columns(
     k, n, groups = task[K], task[N], task[GROUPS]
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
-    weight = task[WEIGHT] + matrix * n * k + start
+    weight, row_bytes = task[WEIGHT] + matrix * task[MATRIX_BYTES] + start, task[ROW_BYTES]
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     scale_bits = scales.view(np.uint32)
     for g in range(groups):
@@ -155,12 +159,12 @@ def _sum_up_columns(
         for chunk in range(g * group, (g + 1) * group, _CHUNK):
             entries = min(_CHUNK, (g + 1) * group - chunk)
             end = chunk + entries
-            soon = weight + (end * n if end < k else outputs)
+            soon = weight + (end * row_bytes if end < k else outputs)
             for first in range(0, outputs, PANELS):
-                source, distance = weight + chunk * n + first, n
+                source, distance = weight + chunk * row_bytes + first, row_bytes
                 some = min(PANELS, outputs - first)
                 if some < PANELS:  # beside them there may be no memory
-                    copy_rows(source, n, address_of(rest), PANELS, entries, some)
+                    copy_rows(source, row_bytes, address_of(rest), PANELS, entries, some)
                     source, distance = address_of(rest), np.int64(PANELS)
                 numbers = source, distance, address_of(panel), entries
                 if paired:
@@ -170,7 +174,7 @@ def _sum_up_columns(
                 for j in range(0, some, OUTPUTS):
                     a = entries * (first + j) // outputs
                     b = entries * min(first + j + OUTPUTS, outputs) // outputs
-                    call_for(soon + a * n, n, b - a)
+                    call_for(soon + a * row_bytes, row_bytes, b - a)
                     scales_at = address_of(scales) + 4 * (first + j)
                     how = address_of(panel) + 4 * j, np.int64(4), np.int64(4 * PANELS), scales_at
                     _add(x, k, chunk, entries, paired, vectors, how, address_of(totals[first + j]))

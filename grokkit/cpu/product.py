@@ -6,7 +6,7 @@ an 8-bit one's floats out before they multiply them.
 
 import os
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,17 @@ _A_THREAD = 2**18
 """Entries of the matrix that are worth sharing with one thread more."""
 
 
+class Strides(NamedTuple):
+    """How 8-bit matrices, or those parts of them that are used, lie in a stack, in bytes."""
+
+    k_first: bool
+    """Whether as [k, n], and not as [n, k]."""
+    row: int
+    """From one of a matrix's rows, as it lies, to the next."""
+    matrix: int
+    """From matrix to matrix."""
+
+
 def is_there() -> bool:
     """Whether this system has threads of the kind that are started here."""
     return os.name == "posix"
@@ -30,9 +41,11 @@ def grouped_product(
     counts: Int[Array, " matrix"],
     weight: Int8[Array, "matrix_n k"] | Int8[Array, " bytes"],
     scales: BFloat16[Array, "matrix_g n"],
+    groups: int,
     place: Int[Array, ""],
     dtype: Any,
-    before: int | None = None,
+    strides: Strides | None = None,
+    before: Int[Array, ""] | int = 0,
 ) -> Float[Array, "row n"]:
     """Each row times its matrix, of consecutive matrices of a stack.
 
@@ -41,20 +54,22 @@ def grouped_product(
     - `x`: rows, in float32; the first `counts[0]` of them meet the first matrix, and so on.
     - `counts`: how many rows meet each matrix. Of a matrix that none meets nothing is read.
     - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows.
+    - `groups`: how many groups of scales a matrix has.
     - `place`: where in the stack the first matrix is.
     - `dtype`: float32 or bfloat16, which rows are rounded to before they are multiplied, unless
         they are few or multiplied as whole numbers. Sums are in float32.
-    - `before`: given if the stack is bytes in which matrices lie as [k, n], and not as [n, k]: how
-        many of them are before the first. Few rows' products are then summed in another order.
+    - `strides`: given if the stack is bytes in which matrices lie otherwise. With those that lie as
+        [k, n] few rows' products are summed in another order.
+    - `before`: bytes before the first matrix's first entry.
 
     Under `shard_map` all must be of one type.
     """
     (rows, k), n = x.shape, scales.shape[1]
-    groups = scales.shape[0] // (weight.size // (n * k))
+    strides = strides or Strides(False, k, n * k)
     rounded = int(jnp.dtype(dtype) == jnp.bfloat16)
     whole = whole_numbers.is_fit(k, groups)
-    skipped = -1 if before is None else before
-    numbers = place, _threads(rows, n * k), groups, rounded, whole, skipped, counts
+    how = groups, rounded, whole, strides.k_first, before, strides.row, strides.matrix
+    numbers = place, _threads(rows, n * k), *how, counts
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
     most = _most_blocks(rows, counts.shape[0], whole, k // groups)
     if whole:

@@ -6,12 +6,14 @@ rows are multiplied as whole numbers; how many matrices any row meets, and addre
 which they are, where their rows begin and where their blocks of packed rows do; what is to be done,
 and into how many pieces it is cut. For matrices of floats, what their entries are, and the address
 of another list: how many outputs, or rows to add, are wanted of each. Whether 8-bit matrices lie
-as [k, n] and not as [n, k].
+as [k, n] and not as [n, k]; and how many bytes from one of a matrix's rows, as they lie, to the
+next, and from matrix to matrix.
 """
 
 X, WEIGHT, SCALES, OUT, PACKED, K, GROUPS, N, ROUNDED, WHOLE = range(10)
 MATRICES, MATRIX, ROWS, BLOCKS, WHAT, PIECES, ENTRY, REACH, K_FIRST = range(10, 19)
-SIZE = 19
+ROW_BYTES, MATRIX_BYTES = range(19, 21)
+SIZE = 21
 
 MULTIPLYING, PACKING, PRODUCTS, SUMS, ASKING = range(5)
 """What is done: 8-bit matrices are multiplied, or their rows packed; matrices of floats are

@@ -29,7 +29,7 @@ _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
-_ARGUMENTS = (types.int64,) * 8
+_ARGUMENTS = (types.int64,) * 9
 
 
 def tile(outputs: int, rows: int, entry: int) -> Any:
@@ -46,9 +46,10 @@ def tile(outputs: int, rows: int, entry: int) -> Any:
     - `groups`, `size`: how many groups of scales, and entries of each, at least `LANES`.
     - `n`: how many outputs there are.
     - `row_bytes`: how far one row of `x` lies from the next.
+    - `weight_bytes`: how far one output's entries lie from the next one's.
     """
 
-    def compute(typing_context, x, weight, scales, out, groups, size, n, row_bytes):
+    def compute(typing_context, x, weight, scales, out, groups, size, n, row_bytes, weight_bytes):
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _Tile(builder, arguments, outputs, rows, entry).compute()
             return context.get_dummy_value()
@@ -69,7 +70,7 @@ class _Tile:
     def __init__(self, builder: Any, arguments: Any, outputs: int, rows: int, entry: int) -> None:
         self.builder, self.entry = builder, entry
         self.x, self.weight, self.scales, self.out, *arguments = arguments
-        self.groups, self.size, self.n, self.row_bytes = arguments
+        self.groups, self.size, self.n, self.row_bytes, self.weight_bytes = arguments
         self.each = [(j, r) for j in range(outputs) for r in range(rows)]
         self.outputs, self.rows = range(outputs), range(rows)
 
@@ -77,8 +78,6 @@ class _Tile:
         """Sum each group's products, scale the sums, and add groups and then lanes up."""
         builder, lanes = self.builder, _I64(LANES)
         totals, sums = self._room(), self._room()
-        width = _I64(ENTRY_BYTES[self.entry])
-        weight_bytes = builder.mul(builder.mul(self.groups, self.size), width)
         with cgutils.for_range(builder, self.groups) as groups:
             group = groups.index
             for place in sums.values():
@@ -86,7 +85,7 @@ class _Tile:
             first = builder.mul(group, self.size)
             with cgutils.for_range(builder, builder.sdiv(self.size, lanes)) as steps:
                 entry = builder.add(first, builder.mul(steps.index, lanes))
-                self._add_products(sums, entry, weight_bytes)
+                self._add_products(sums, entry)
             rest = builder.srem(self.size, lanes)
             with builder.if_then(builder.icmp_signed("!=", rest, _I64(0))):
                 # The last lanes of the group, of which the first have been added already.
@@ -94,7 +93,7 @@ class _Tile:
                 since = splat(builder, builder.sub(lanes, rest), LANES)
                 keep = builder.icmp_signed(">=", lane, since)
                 entry = builder.sub(builder.add(first, self.size), lanes)
-                self._add_products(sums, entry, weight_bytes, keep)
+                self._add_products(sums, entry, keep)
             self._add_up(sums, totals, group)
         first, last = self._sums([builder.load(totals[at]) for at in self.each])
         for r in self.rows:
@@ -107,9 +106,9 @@ class _Tile:
         """A place for each sum, which the compiler turns into registers."""
         return {at: cgutils.alloca_once_value(self.builder, _ZEROS) for at in self.each}
 
-    def _add_products(self, sums: Any, entry: Any, weight_bytes: Any, keep: Any = None) -> None:
+    def _add_products(self, sums: Any, entry: Any, keep: Any = None) -> None:
         """Add the products of the lanes from an entry on, or of those of them that are to keep."""
-        builder = self.builder
+        builder, weight_bytes = self.builder, self.weight_bytes
         rows = [load(builder, self._at(self.x, (entry, 4), (r, self.row_bytes)), _VECTOR, 1)
                 for r in self.rows]  # fmt: skip
         for j in self.outputs:

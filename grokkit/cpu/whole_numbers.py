@@ -20,8 +20,10 @@ from grokkit.cpu.task import (
     GROUPS,
     MATRICES,
     MATRIX,
+    MATRIX_BYTES,
     OUT,
     PACKED,
+    ROW_BYTES,
     ROWS,
     SCALES,
     WEIGHT,
@@ -141,7 +143,7 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     starts = words(task[ROWS], task[MATRICES] + 1)
     blocks = words(task[BLOCKS], task[MATRICES] + 1)
     matrix, size = words(task[MATRIX], task[MATRICES])[i], k // groups
-    group_bytes = _chunks(k, groups) // groups * TILE_BYTES
+    group_bytes, row_bytes = _chunks(k, groups) // groups * TILE_BYTES, task[ROW_BYTES]
     block_bytes = 4 * block_words(k, groups)
     some = min(blocks[i + 1] - blocks[i], _BLOCKS_AT_ONCE)
     # Either a few outputs with all groups, or many with one after another.
@@ -149,7 +151,7 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
     outputs, some_groups = (SIDE, groups) if is_cached else (_OUTPUTS_AT_ONCE, 1)
     totals, turned = _aligned(some * outputs * SIDE), _aligned(SIDE * SIDE)
     totals_bytes, configured = 4 * SIDE * outputs, 0
-    ahead = SIDE * k if k <= _SHORT or not is_cached else _NEAR
+    ahead = SIDE * row_bytes if k <= _SHORT or not is_cached else _NEAR
     for block in range(blocks[i], blocks[i + 1], some):
         end = min(block + some, blocks[i + 1])
         for start in range(first, last, outputs):
@@ -162,8 +164,8 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
                         amx.configure(high)
                         configured = high
                     scales = task[SCALES] + 2 * ((matrix * groups + g) * n + j)
-                    weight = task[WEIGHT] + (matrix * n + j) * k + g * size
-                    these = weight, k, some_groups, size, scales, 2 * n, high
+                    weight = task[WEIGHT] + matrix * task[MATRIX_BYTES] + j * row_bytes + g * size
+                    these = weight, row_bytes, some_groups, size, scales, 2 * n, high
                     for b in range(block, end, MOST_TILES):
                         columns = task[PACKED] + b * block_bytes
                         by_column = columns + groups * group_bytes + g * CHUNK

@@ -32,11 +32,11 @@ _VERSION = 3 << 32  # 0.3: the major number lies in the lower half
 
 # The first argument of a call is int32 numbers: what to do, as in `task`; where in the stack the
 # first matrix is; how many threads; and, of 8-bit matrices, how many groups, whether to round,
-# whether to multiply whole numbers, how many bytes are before those that lie as [k, n], or -1, and
-# how many rows meet each; or, of floats, what the entries are, and how many outputs are wanted of
-# each.
+# whether to multiply whole numbers, whether they lie as [k, n], how many bytes are before them, from
+# row to row and from matrix to matrix, and how many rows meet each; or, of floats, what the entries
+# are, and how many outputs are wanted of each.
 _WHAT, _PLACE, _THREADS = 0, 1, 2
-_GROUPS, _ROUNDED, _WHOLE, _BEFORE, _COUNTS = 3, 4, 5, 6, 7
+_GROUPS, _ROUNDED, _WHOLE, _K_FIRST, _BEFORE, _ROW_BYTES, _MATRIX_BYTES, _COUNTS = range(3, 11)
 _ENTRY, _REACH = 3, 4
 
 
@@ -89,13 +89,13 @@ def _multiply(facts: Any, arguments: Any, results: Any) -> None:
     if met == 0:
         return
     this[task.PACKED] = words(results[1], _BUFFER_SIZE)[_DATA]
-    this[task.WEIGHT] = weight[_DATA] + place * n * k
+    matrix_bytes = np.int64(facts[_MATRIX_BYTES])
+    this[task.K_FIRST], this[task.ROW_BYTES] = facts[_K_FIRST], facts[_ROW_BYTES]
+    this[task.MATRIX_BYTES] = matrix_bytes
+    this[task.WEIGHT] = weight[_DATA] + facts[_BEFORE] + place * matrix_bytes
     this[task.SCALES] = scales[_DATA] + 2 * place * groups * n
     this[task.GROUPS], this[task.MATRICES] = groups, met
     this[task.ROUNDED], this[task.WHOLE] = facts[_ROUNDED], facts[_WHOLE]
-    if facts[_BEFORE] >= 0:
-        this[task.K_FIRST] = 1
-        this[task.WEIGHT] += facts[_BEFORE]
     n_threads = facts[_THREADS]
     if blocks > 0:
         this[task.WHAT], this[task.PIECES] = task.PACKING, blocks
@@ -117,7 +117,8 @@ def _multiply_floats(facts: Any, arguments: Any, results: Any) -> None:
     for i in range(matrices):
         lists[0, i], lists[1, i + 1], lists[2, i] = i, rows * (i + 1), facts[_REACH + i]
     entry_bytes = task.ENTRY_BYTES[facts[_ENTRY]]
-    this[task.WEIGHT] = weight[_DATA] + entry_bytes * facts[_PLACE] * n * k
+    this[task.ROW_BYTES], this[task.MATRIX_BYTES] = entry_bytes * k, entry_bytes * n * k
+    this[task.WEIGHT] = weight[_DATA] + facts[_PLACE] * this[task.MATRIX_BYTES]
     this[task.ENTRY], n_threads = facts[_ENTRY], facts[_THREADS]
     is_cut = facts[_WHAT] == task.PRODUCTS
     this[task.PIECES] = matrices * (-(-_PIECES * n_threads // matrices) if is_cut else 1)

@@ -41,7 +41,8 @@ def normal(seed, rows, k=K):
 @functools.partial(jax.jit, static_argnames="dtype")
 def run(x, counts, weight, scales, place, dtype):
     flat = weight.reshape(-1, weight.shape[-1]), scales.reshape(-1, scales.shape[-1])
-    return grouped_product(x, counts, *flat, place, dtype)
+    groups = scales.shape[-2]
+    return grouped_product(x, counts, *flat, groups, place, dtype)
 
 
 def by_definition(x, counts, weight, scales, place, dtype):
@@ -235,7 +236,7 @@ def test_threads_that_compile_at_once_register_it_once(stack, monkeypatch):
     monkeypatch.setattr(product.xla, "register", register)
     monkeypatch.setattr(product.jax.ffi, "ffi_call", lambda *_, **__: lambda *_: [jnp.ones((1, N))])
     weight, scales = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in stack)
-    arguments = (jnp.ones((1, K)), jnp.array([1]), weight, scales, jnp.int32(0), FLOAT32)
+    arguments = (jnp.ones((1, K)), jnp.array([1]), weight, scales, GROUPS, jnp.int32(0), FLOAT32)
     unchecked = getattr(grouped_product, "__wrapped__", grouped_product)
     threads = [threading.Thread(target=unchecked, args=arguments) for _ in range(2)]
     for thread in threads:

@@ -7,8 +7,10 @@ from helpers import float64, relative_error
 from jax.sharding import PartitionSpec as P
 
 import grokkit
+from grokkit.layers import linear
 from grokkit.layers.linear import column_parallel, row_parallel
-from grokkit.quant import QuantizedArray, layout
+from grokkit.quant import QuantizedArray, Stored, dequantize, index, layout
+from grokkit.quantised_matmul import plain
 
 FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -41,3 +43,64 @@ def test_is_the_product_on_any_mesh(function, groups, cut, x_spec, out_spec, sha
         found = function(jax.device_put(x, jax.NamedSharding(mesh, x_spec)), w, FLOAT32)
     assert relative_error(found, x.astype(np.float64) @ float64(w)) < 1e-6
     assert found.sharding.spec == out_spec
+
+
+def in_a_file(q, k_first, before=21):
+    """A stack as the bytes of a file, some of them before it."""
+    entries = jnp.swapaxes(q.weight, -1, -2) if k_first else q.weight
+    weight = jnp.concatenate([jnp.full(before, 99, jnp.int8), entries.reshape(-1)])
+    return QuantizedArray(weight, q.scales, Stored(q.shape, q.groups, k_first, before))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 8)], ids=str)
+@pytest.mark.parametrize("form", ["matmul", "plain"])
+@pytest.mark.parametrize("k_first", [True, False], ids=["as [k, n]", "as [n, k]"])
+@pytest.mark.parametrize("n", [768, 1536], ids=["parts of lines", "whole lines"])
+@pytest.mark.parametrize(
+    "function, groups, cut, x_spec",
+    [(column_parallel, 2, "n", P("data")), (row_parallel, 16, "k", P("data", None, "model"))],
+    ids=["column_parallel", "row_parallel"],
+)
+def test_each_device_finds_its_part_in_a_files_bytes(
+    function, groups, cut, x_spec, n, k_first, form, shape, monkeypatch
+):
+    """Of one matrix of a stack, with few rows and with many; the same products and gradients as of
+    parts that lie by themselves, but for the order of sums."""
+    if form == "plain":
+        monkeypatch.setattr(linear, "matmul", plain_of_rows)
+    mesh, k = grokkit.make_mesh(*shape), 512
+    alone = make(mesh, k, n, groups, cut)
+    random = np.random.default_rng(0)
+    other = QuantizedArray(jnp.full((n, k), 77, jnp.int8), jnp.ones((groups, n), jnp.bfloat16))
+    host = jax.tree.map(lambda *both: jnp.asarray(np.stack(both)), other, jax.device_get(alone))
+    stored = in_a_file(host, k_first)
+    np.testing.assert_array_equal(dequantize(stored), dequantize(host))
+    stored = jax.tree.map(
+        lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
+        stored,
+        layout(stored, cut),
+    )
+
+    def weighted(x, w, dy):
+        found = function(x, w, FLOAT32)
+        return jnp.sum(found * dy), found
+
+    run = jax.jit(jax.value_and_grad(weighted, has_aux=True))
+    with jax.set_mesh(mesh):
+        for rows in (3, 40):
+            x, dy = (random.normal(size=(2, rows, m)).astype(np.float32) for m in (k, n))
+            placed = jax.device_put(x, jax.NamedSharding(mesh, x_spec))
+            w = index(stored, jnp.int32(1))
+            (_, found), gradient = run(placed, w, dy)
+            (_, expected), its_gradient = run(placed, alone, dy)
+            assert relative_error(found, x.astype(np.float64) @ float64(alone)) < 1e-6
+            assert relative_error(found, expected) < 1e-6
+            assert relative_error(gradient, dy.astype(np.float64) @ float64(alone).T) < 1e-6
+            assert relative_error(gradient, its_gradient) < 1e-6
+            assert found.sharding == expected.sharding
+            assert gradient.sharding.is_equivalent_to(placed.sharding, 3)
+
+
+def plain_of_rows(x, w, dtype):
+    """The definition, as `matmul` is called."""
+    return plain(x.reshape(-1, x.shape[-1]), w, dtype).reshape(*x.shape[:-1], -1)
