@@ -79,8 +79,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=float, default=0.25, help="of layers, of Grok-1's")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=float, default=0.5, help="of Grok-1's")
     parser.add_argument("--layout", choices=("official", "safetensors"), default="official")
     parser.add_argument(
         "--cold", action="store_true", help="as if the model were larger than memory"

@@ -69,7 +69,7 @@ def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Fl
     if not cpu.is_there():
         return plain(x, w, dtype)
     flat, how = _flat(w, dtype)
-    return _product(_varying(x, flat), flat, how)
+    return _product(varying(x, w), flat, how)
 
 
 def grouped_on_cpu(
@@ -85,7 +85,7 @@ def grouped_on_cpu(
     - `dtype`: as for `matmul`.
     """
     flat, how = _flat(w, dtype)
-    return _products(_varying(x, flat), counts, flat, how)
+    return _products(varying(x, w), counts, flat, how)
 
 
 class _Flat(NamedTuple):
@@ -136,13 +136,16 @@ def _products(x: Array, counts: Array, flat: _Flat, how: _How) -> Array:
     return cpu.grouped_product(x, counts, *stack, how.dtype, how.strides, before)
 
 
-def _varying(x: Array, flat: _Flat) -> Array:
-    """`x`, of the type that shard_map wants of what is used with the weights.
+def varying(x: Array, w: QuantizedArray | Slot) -> Array:
+    """`x`, of the type that shard_map wants of what is used with a matrix.
 
-    Where the matrix differs between devices, so does the gradient of what it multiplies.
+    Where the matrix differs between devices, and so its scales do, so does the gradient of what it
+    multiplies.
     """
+    scales = (w.stack if isinstance(w, Slot) else w).scales
     # Of whole numbers XLA knows that this is 0, so that nothing is added.
-    return x + (0 * jax.lax.bitcast_convert_type(flat.scales[0, 0], jnp.uint16)).astype(x.dtype)
+    first = jax.lax.bitcast_convert_type(scales[(0,) * scales.ndim], jnp.uint16)
+    return x + (0 * first).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grokkit import cpu
 from grokkit.quant import QuantizedArray, Slot, index
-from grokkit.quantised_matmul import grouped_on_cpu, matmul
+from grokkit.quantised_matmul import grouped_on_cpu, matmul, varying
 
 _Into = QuantizedArray | Slot | Float[Array, "expert d_model d_ff"]
 _Back = QuantizedArray | Slot | Float[Array, "expert d_ff d_model"]
@@ -75,9 +75,7 @@ def plain(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) ->
 def grouped(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) -> Array:
     """`expert_outputs` of 8-bit matrices, by products of rows that are grouped by expert.
     Differentiable in `x`, at the cost of `plain`."""
-    # As in quantised_matmul: of the type of what varies over devices as the weights do.
-    x = x + (0 * jax.tree.leaves(experts)[0].reshape(-1)[0]).astype(x.dtype)
-    return _grouped(x, chosen, experts, jnp.dtype(dtype))
+    return _grouped(varying(x, experts[0]), chosen, experts, jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
