@@ -2,12 +2,13 @@
 
     python benchmarks/streaming.py
 
-Writes a random checkpoint of twelve layers (3.7 GB) to a temporary directory, in the official layout
-or as `grokkit convert` writes it. Reading is a pass that computes nothing; computing is a pass of
-the model in memory. Their processor time, shared evenly by all cores, is the least that both
-together could take here, where they run on the same ones. The bound is a pass of at most 1.25 times
-the slower. With --cold, layers are read as those of a model larger than the machine's memory: the
-files are not in the page cache, and are read past it. The last lines say what a pass has resident.
+Writes a random checkpoint of six layers half as wide as Grok-1's (7.4 GB) to a temporary directory,
+in the official layout or as `grokkit convert` writes it (then twice that). Reading is a pass that
+computes nothing; computing is a pass of the model in memory. Their processor time, shared evenly by
+all cores, is the least that both together could take here, where they run on the same ones. The
+bound is a pass of at most 1.25 times the slower. With --cold, layers are read as those of a model
+larger than the machine's memory: the files are not in the page cache, and are read past it. The last
+lines say what a pass has resident.
 """
 
 import argparse

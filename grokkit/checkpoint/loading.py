@@ -142,9 +142,8 @@ class _Source:
         rooms = {device: p.memory for device, p in parts.items() if isinstance(p, HostPart)}
         if not (rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype):
             return None
-        first = {
-            id(rooms[device]): device for device in reversed(slices)
-        }  # that has it, of several
+        # Of several devices with one memory, the first one's place will do.
+        first = {id(rooms[device]): device for device in reversed(slices)}
         places = [
             Place(self._in_file(index), rooms[device][place], device)
             for device, (place, index) in slices.items()

@@ -43,12 +43,10 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     before = first.offset % PAGE  # so that whole pages can be read, past the page cache
     n_layers, n_bytes = len(plan.sources), before + first.nbytes
     are_fit = all(source.span.offset >= before for source in plan.sources)
-    layers = [plan.layer(i) for i in range(n_layers)]
-    # Of other processes' parts nothing is to be read.
-    is_alone = plan.sharding.is_fully_addressable
-    if all(map(can_be_mapped, layers)):
-        return matrix
+    is_alone = plan.sharding.is_fully_addressable  # of other processes' parts nothing is read
     if not (cpu.is_there() and are_fit and n_bytes <= _MOST and is_alone):
+        return matrix
+    if all(can_be_mapped(plan.layer(i)) for i in range(n_layers)):
         return matrix
 
     def as_bytes(source: Any) -> Any:
@@ -61,10 +59,7 @@ def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
     weight = LeafPlan((n_layers, n_bytes), plan.dtype, sharding, sources)
     if not all(can_be_mapped(weight.layer(i)) for i in range(n_layers)):
         return matrix
-    scales: Any = matrix.scales
-    turned = plan.sources[0].turned
-    *lead, k, n = first.shape if turned else (*first.shape[:-2], *first.shape[:-3:-1])
-    stored = Stored((*lead, k, n), scales.shape[-2], turned, before)
+    stored = Stored(matrix.shape[1:], matrix.groups, plan.sources[0].turned, before)
     return quant.as_stored(matrix, weight, stored)
 
 

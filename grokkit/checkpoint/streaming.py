@@ -24,8 +24,8 @@ class LayerReader:
     """Gives the layers of a stack that stays on disk, at most two of them in memory at a time.
 
     On a CPU both layers' memory is made once and used again: see `layers` for how long a layer may
-    be used. What one device can use as it lies in its file is read so, or used in the page cache and
-    not copied at all: see `grokkit.checkpoint.mapped`.
+    be used. What can be used as it lies in its file is read so, or used in the page cache and not
+    copied at all: see `grokkit.checkpoint.mapped`.
     """
 
     def __init__(self, plans: PyTree) -> None:
