@@ -89,8 +89,8 @@ def grouped_on_cpu(
 
 
 class _Flat(NamedTuple):
-    """A stack of matrices as one: each matrix, and its groups' scales, in consecutive rows; or, if it
-    is a file's bytes, the scales so."""
+    """A stack of matrices as one: each matrix, unless it is a file's bytes, and its groups' scales, in
+    consecutive rows."""
 
     weight: Int8[Array, "matrix_n k"] | Int8[Array, " bytes"]
     scales: BFloat16[Array, "matrix_g n"]
