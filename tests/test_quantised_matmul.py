@@ -1,5 +1,6 @@
 """Products with 8-bit matrices against their definition in float64: every form, one test."""
 
+import helpers
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,25 +13,18 @@ from hypothesis import strategies as st
 from grokkit import quantised_matmul
 from grokkit.cpu import whole_numbers
 from grokkit.cpu.few_rows import FEW_ROWS
-from grokkit.quant import QuantizedArray, Slot, Stored, index
+from grokkit.quant import QuantizedArray, Slot, index
 from grokkit.quantised_matmul import block_rows, matmul, on_cpu, plain
 
 FEW = settings(max_examples=25, deadline=None)
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
-BEFORE = 21
-"""Bytes of a file before a matrix in it."""
-
 
 def in_a_file(w):
     """The same, as a file of the official layout has it."""
-    stack, *at = (w.stack, w.at) if isinstance(w, Slot) else (w,)
-    entries = jnp.swapaxes(stack.weight, -1, -2).reshape(-1)
-    weight = jnp.concatenate([jnp.full(BEFORE, 99, jnp.int8), entries])
-    stack = QuantizedArray(
-        weight, stack.scales, Stored(stack.shape, stack.groups, k_first=True, before=BEFORE)
-    )
-    return Slot(stack, *at) if at else stack
+    if isinstance(w, Slot):
+        return Slot(helpers.in_a_file(w.stack, k_first=True), w.at)
+    return helpers.in_a_file(w, k_first=True)
 
 
 FORMS = {

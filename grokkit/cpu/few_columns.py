@@ -12,15 +12,14 @@ from grokkit.cpu.task import (
     GROUPS,
     MATRICES,
     MATRIX,
-    MATRIX_BYTES,
     OUT,
     ROW_BYTES,
     ROWS,
     SCALES,
-    WEIGHT,
     K,
     N,
     X,
+    matrix_at,
 )
 
 _LINES = 16
@@ -54,18 +53,12 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
         stop = min(first + LINE * (lines * (strip + 1) // strips), last)
         skipped = max(0, -start)
         totals[:] = 0
-        then = _address(task, i, stop)
+        then = matrix_at(task, i) + stop
         if strip == strips - 1:  # this thread may go on with the same outputs of the next matrix
-            then = _address(task, i + 1, first) if i + 1 < matrices else np.int64(0)
+            then = matrix_at(task, i + 1) + first if i + 1 < matrices else np.int64(0)
         _sum_up(task, i, start, stop, then, totals, scales, rest)
         for r in range(rows):
             out[r, start + skipped : stop] = totals[r, skipped : stop - start]
-
-
-@compiled
-def _address(task: Any, i: int, output: int) -> int:
-    """Where an output's entries begin in the i-th matrix."""
-    return task[WEIGHT] + words(task[MATRIX], task[MATRICES])[i] * task[MATRIX_BYTES] + output
 
 
 @compiled
@@ -80,7 +73,7 @@ def _sum_up(
     k, n, groups, outputs = task[K], task[N], task[GROUPS], stop - start
     matrix, size = words(task[MATRIX], task[MATRICES])[i], k // groups
     some = -(-size // -(-size // _ENTRIES))
-    weight, distance = _address(task, i, start), task[ROW_BYTES]
+    weight, distance = matrix_at(task, i) + start, task[ROW_BYTES]
     x = task[X] + 4 * k * words(task[ROWS], task[MATRICES] + 1)[i]
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     scale_bits = scales.view(np.uint32)

@@ -8,15 +8,14 @@ from grokkit.cpu.task import (
     GROUPS,
     MATRICES,
     MATRIX,
-    MATRIX_BYTES,
     OUT,
     ROW_BYTES,
     ROWS,
     SCALES,
-    WEIGHT,
     K,
     N,
     X,
+    matrix_at,
 )
 from grokkit.cpu.tiles import tile
 
@@ -50,7 +49,7 @@ def multiplier(entry: int) -> Any:
         k, groups, n, starts = task[K], task[GROUPS], task[N], words(task[ROWS], task[MATRICES] + 1)
         matrix, rows = words(task[MATRIX], task[MATRICES])[i], starts[i + 1] - starts[i]
         x, out = task[X] + 4 * k * starts[i], task[OUT] + 4 * n * starts[i]
-        weight, row_bytes = task[WEIGHT] + matrix * task[MATRIX_BYTES], task[ROW_BYTES]
+        weight, row_bytes = matrix_at(task, i), task[ROW_BYTES]
         scales = task[SCALES] + 2 * matrix * groups * n
         tiles = -(-rows // _AT_ONCE)
         at_once = max(1, _BYTES // (width * k * _SOME)) * _SOME if tiles > 1 else n

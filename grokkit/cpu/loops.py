@@ -18,7 +18,6 @@ from grokkit.cpu.task import (
     INT8,
     K_FIRST,
     MATRICES,
-    MATRIX,
     MATRIX_BYTES,
     PACKING,
     PIECES,
@@ -32,6 +31,7 @@ from grokkit.cpu.task import (
     WHOLE,
     K,
     N,
+    matrix_at,
 )
 from grokkit.cpu.turning import first_line, turn_into_cache
 
@@ -53,8 +53,7 @@ def piece_runner(version: int) -> Any:
     def multiply_turned(task: Any, i: int, first: int, last: int) -> None:
         """Outputs of a matrix that lies as [k, n], of which some after the other are turned round
         and used while they are in the caches."""
-        k, matrix = task[K], words(task[MATRIX], task[MATRICES])[i]
-        source = task[WEIGHT] + matrix * task[MATRIX_BYTES]
+        k, source = task[K], matrix_at(task, i)
         room = np.empty(many_rows.COLUMNS * k + LINE, np.int8)
         this = task.copy()
         this[ROW_BYTES], this[MATRIX_BYTES] = k, 0
@@ -75,8 +74,7 @@ def piece_runner(version: int) -> Any:
         if task[WHOLE]:
             unit = SIDE
         if task[K_FIRST]:  # a line of the caches may begin before the first output
-            matrix = words(task[MATRIX], task[MATRICES])[i]
-            before = (task[WEIGHT] + matrix * task[MATRIX_BYTES]) % LINE
+            before = matrix_at(task, i) % LINE
             unit = few_columns.UNIT if are_few and not task[WHOLE] else many_rows.COLUMNS
         units = -(-(n + before) // unit)
         first = unit * (units * part // parts) - before

@@ -26,17 +26,16 @@ from grokkit.cpu.task import (
     K_FIRST,
     MATRICES,
     MATRIX,
-    MATRIX_BYTES,
     OUT,
     PACKED,
     ROUNDED,
     ROW_BYTES,
     ROWS,
     SCALES,
-    WEIGHT,
     K,
     N,
     X,
+    matrix_at,
 )
 from grokkit.cpu.turning import turn_words
 from grokkit.cpu.wide_tiles import (
@@ -120,7 +119,7 @@ def _sum_up(
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
     row_bytes = task[ROW_BYTES]
-    weight = task[WEIGHT] + matrix * task[MATRIX_BYTES] + start * row_bytes
+    weight = matrix_at(task, i) + start * row_bytes
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     panel_at, output_bytes = address_of(panel), 4 * (_CHUNK + LANES)
     scale_bits = scales.view(np.uint32)
@@ -150,7 +149,7 @@ def _sum_up_columns(
     k, n, groups = task[K], task[N], task[GROUPS]
     paired = is_paired(task[ROUNDED], k, groups)
     matrix, group = words(task[MATRIX], task[MATRICES])[i], k // groups
-    weight, row_bytes = task[WEIGHT] + matrix * task[MATRIX_BYTES] + start, task[ROW_BYTES]
+    weight, row_bytes = matrix_at(task, i) + start, task[ROW_BYTES]
     bits = carray(pointer(task[SCALES] + 2 * matrix * groups * n), (groups, n), np.uint16)
     scale_bits = scales.view(np.uint32)
     for g in range(groups):

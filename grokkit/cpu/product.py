@@ -44,7 +44,7 @@ def grouped_product(
     groups: int,
     place: Int[Array, ""],
     dtype: Any,
-    strides: Strides | None = None,
+    strides: Strides,
     before: Int[Array, ""] | int = 0,
 ) -> Float[Array, "row n"]:
     """Each row times its matrix, of consecutive matrices of a stack.
@@ -53,19 +53,18 @@ def grouped_product(
 
     - `x`: rows, in float32; the first `counts[0]` of them meet the first matrix, and so on.
     - `counts`: how many rows meet each matrix. Of a matrix that none meets nothing is read.
-    - `weight`, `scales`: the stack: each matrix, and its groups' scales, in consecutive rows.
+    - `weight`, `scales`: the stack, and its groups' scales, each matrix's in consecutive rows.
     - `groups`: how many groups of scales a matrix has.
     - `place`: where in the stack the first matrix is.
     - `dtype`: float32 or bfloat16, which rows are rounded to before they are multiplied, unless
         they are few or multiplied as whole numbers. Sums are in float32.
-    - `strides`: given if the stack is bytes in which matrices lie otherwise. With those that lie as
-        [k, n] few rows' products are summed in another order.
+    - `strides`: how the matrices lie in it. With those that lie as [k, n] few rows' products are
+        summed in another order.
     - `before`: bytes before the first matrix's first entry.
 
     Under `shard_map` all must be of one type.
     """
     (rows, k), n = x.shape, scales.shape[1]
-    strides = strides or Strides(False, k, n * k)
     rounded = int(jnp.dtype(dtype) == jnp.bfloat16)
     whole = whole_numbers.is_fit(k, groups)
     how = groups, rounded, whole, strides.k_first, before, strides.row, strides.matrix

@@ -10,6 +10,10 @@ as [k, n] and not as [n, k]; and how many bytes from one of a matrix's rows, as 
 next, and from matrix to matrix.
 """
 
+from typing import Any
+
+from grokkit.cpu.instructions import compiled, words
+
 X, WEIGHT, SCALES, OUT, PACKED, K, GROUPS, N, ROUNDED, WHOLE = range(10)
 MATRICES, MATRIX, ROWS, BLOCKS, WHAT, PIECES, ENTRY, REACH, K_FIRST = range(10, 19)
 ROW_BYTES, MATRIX_BYTES = range(19, 21)
@@ -22,3 +26,9 @@ multiplied, or their rows added; or, by one thread at once, the system is asked 
 INT8, FLOAT32, BFLOAT16 = range(3)
 """What a matrix's entries are."""
 ENTRY_BYTES = (1, 4, 2)
+
+
+@compiled
+def matrix_at(task: Any, i: int) -> int:
+    """The address of the i-th matrix that rows meet."""
+    return task[WEIGHT] + words(task[MATRIX], task[MATRICES])[i] * task[MATRIX_BYTES]

@@ -20,16 +20,15 @@ from grokkit.cpu.task import (
     GROUPS,
     MATRICES,
     MATRIX,
-    MATRIX_BYTES,
     OUT,
     PACKED,
     ROW_BYTES,
     ROWS,
     SCALES,
-    WEIGHT,
     K,
     N,
     X,
+    matrix_at,
 )
 from grokkit.cpu.turning import turn_words
 
@@ -164,7 +163,7 @@ def multiply(task: Any, i: int, first: int, last: int) -> None:
                         amx.configure(high)
                         configured = high
                     scales = task[SCALES] + 2 * ((matrix * groups + g) * n + j)
-                    weight = task[WEIGHT] + matrix * task[MATRIX_BYTES] + j * row_bytes + g * size
+                    weight = matrix_at(task, i) + j * row_bytes + g * size
                     these = weight, row_bytes, some_groups, size, scales, 2 * n, high
                     for b in range(block, end, MOST_TILES):
                         columns = task[PACKED] + b * block_bytes

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grokkit.cpu import amx, grouped_product, product, whole_numbers
+from grokkit.cpu import Strides, amx, grouped_product, product, whole_numbers
 from grokkit.cpu.few_rows import FEW_ROWS
 from grokkit.cpu.instructions import LANES, called_from_c
 
@@ -41,8 +41,9 @@ def normal(seed, rows, k=K):
 @functools.partial(jax.jit, static_argnames="dtype")
 def run(x, counts, weight, scales, place, dtype):
     flat = weight.reshape(-1, weight.shape[-1]), scales.reshape(-1, scales.shape[-1])
-    groups = scales.shape[-2]
-    return grouped_product(x, counts, *flat, groups, place, dtype)
+    *_, n, k = weight.shape
+    how = scales.shape[-2], place, dtype, Strides(False, k, n * k)
+    return grouped_product(x, counts, *flat, *how)
 
 
 def by_definition(x, counts, weight, scales, place, dtype):
@@ -236,7 +237,8 @@ def test_threads_that_compile_at_once_register_it_once(stack, monkeypatch):
     monkeypatch.setattr(product.xla, "register", register)
     monkeypatch.setattr(product.jax.ffi, "ffi_call", lambda *_, **__: lambda *_: [jnp.ones((1, N))])
     weight, scales = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in stack)
-    arguments = (jnp.ones((1, K)), jnp.array([1]), weight, scales, GROUPS, jnp.int32(0), FLOAT32)
+    arguments = (jnp.ones((1, K)), jnp.array([1]), weight, scales, GROUPS)
+    arguments += (jnp.int32(0), FLOAT32, Strides(False, K, N * K))
     unchecked = getattr(grouped_product, "__wrapped__", grouped_product)
     threads = [threading.Thread(target=unchecked, args=arguments) for _ in range(2)]
     for thread in threads:

@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import float64, relative_error
+from helpers import float64, in_a_file, relative_error
 from jax.sharding import PartitionSpec as P
 
 import grokkit
 from grokkit.layers import linear
 from grokkit.layers.linear import column_parallel, row_parallel
-from grokkit.quant import QuantizedArray, Stored, dequantize, index, layout
+from grokkit.quant import QuantizedArray, dequantize, index, layout
 from grokkit.quantised_matmul import plain
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -43,13 +43,6 @@ def test_is_the_product_on_any_mesh(function, groups, cut, x_spec, out_spec, sha
         found = function(jax.device_put(x, jax.NamedSharding(mesh, x_spec)), w, FLOAT32)
     assert relative_error(found, x.astype(np.float64) @ float64(w)) < 1e-6
     assert found.sharding.spec == out_spec
-
-
-def in_a_file(q, k_first, before=21):
-    """A stack as the bytes of a file, some of them before it."""
-    entries = jnp.swapaxes(q.weight, -1, -2) if k_first else q.weight
-    weight = jnp.concatenate([jnp.full(before, 99, jnp.int8), entries.reshape(-1)])
-    return QuantizedArray(weight, q.scales, Stored(q.shape, q.groups, k_first, before))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 8)], ids=str)
