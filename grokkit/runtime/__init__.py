@@ -1,0 +1,1 @@
+"""What the rest stands on: files that are written whole."""
