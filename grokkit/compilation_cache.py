@@ -1,5 +1,6 @@
 """Compiled programs kept on disk, so that a model that ran once starts sooner the next time."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -26,25 +27,32 @@ def enable() -> Path | None:
     **Returns:** the folder; `None` if the cache is off, JAX was given a folder of its own
     (`JAX_COMPILATION_CACHE_DIR`), several processes run together, or the folder cannot be written.
     """
-    switch = os.environ.get(SWITCH, "")
-    if switch.lower() in _OFF or jax.process_count() > 1:
+    if jax.process_count() > 1 or _setting("jax_compilation_cache_dir") not in (None, str(_ours())):
         return None
-    folder = _ours()
-    if folder is None or _setting("jax_compilation_cache_dir") not in (None, str(folder)):
+    found = folder()
+    if found is None:
         return None
-    try:
-        # Whoever can write there can run code as this user.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _tidy(folder)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(found))
     if _setting("jax_persistent_cache_min_compile_time_secs") == _JAX_MIN_COMPILE_SECONDS:
         # Even the smallest programs load faster than they compile.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return folder
+    return found
+
+
+@functools.cache
+def folder() -> Path | None:
+    """The folder for what is compiled for this kind of CPU, made if it is not there; `None` if the
+    cache is off or the folder cannot be written."""
+    found = _ours()
+    if found is None:
+        return None
+    try:
+        # Whoever can write there can run code as this user.
+        found.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _tidy(found)
+    except OSError:
+        return None
+    return found if os.access(found, os.W_OK) else None
 
 
 def _setting(name: str) -> Any:
@@ -53,8 +61,10 @@ def _setting(name: str) -> Any:
 
 
 def _ours() -> Path | None:
-    """The folder for this kind of CPU."""
+    """The folder for this kind of CPU; `None` if the cache is off."""
     named = os.environ.get(SWITCH, "")
+    if named.lower() in _OFF:
+        return None
     try:
         if named.lower() not in _ON:
             root = Path(named).expanduser().absolute()
@@ -80,7 +90,8 @@ def _cpu() -> str:
 def _tidy(folder: Path) -> None:
     """Remove the oldest programs beyond the limit, and files that an interruption left empty."""
     total = 0
-    files = [(path.stat(), path) for path in folder.glob("*-cache")]
+    kept = [*folder.glob("*-cache"), *folder.glob("kernels-*.o")]
+    files = [(path.stat(), path) for path in kept]
     for stat, path in sorted(files, key=lambda item: -item[0].st_mtime):
         total += stat.st_size
         if total > _MAX_BYTES or stat.st_size == 0:

@@ -1,8 +1,8 @@
-"""Products of few rows with matrices of floats, in loops of our own on a CPU.
+"""Products of few rows with matrices of floats, by kernels on a CPU.
 
-XLA's copy a matrix out of the stack that it is in, and of 3 to 16 rows read it at a third of the
+XLA's copy a matrix out of the stack that it is in, and read it for 3 to 16 rows at a third of the
 memory's speed. `products_by_definition` and `sums_by_definition` say what is computed; their
-derivatives are those of the loops.
+derivatives are those of the kernels.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
-from grokkit import cpu
+from grokkit.kernels.cpu import kernels
 from grokkit.numerics import einsum32, of_bits
 
 _Stack = Float[Array, "*stack n k"] | UInt16[Array, "*stack n k"]
@@ -22,20 +22,12 @@ def matmul_transposed(
     x: Float[Array, "*rows k"], weight: Float[Array, "n k"], dtype: Any
 ) -> Float[Array, "*rows n"]:
     """`x @ weight.T`, in `dtype` or better and with a sum in float32; see `einsum32`."""
-    *lead, k = x.shape
-    n_rows = x.size // k
-
-    def loops(x: Array, weight: Array) -> Array:
-        rows = x.reshape(1, n_rows, k).astype(jnp.float32)
-        reach = jnp.full(1, weight.shape[0])
-        return products(rows, reach, weight, jnp.int32(0)).reshape(*lead, -1)
-
-    def direct(x: Array, weight: Array) -> Array:
+    (n, k), rows = weight.shape, x.size // x.shape[-1]
+    fast = kernels(n * k)
+    if weight.dtype != jnp.float32 or fast is None or not fast.is_fit_for_products(rows, n, k):
         return einsum32("...k,nk->...n", x, weight, dtype)
-
-    if weight.dtype != jnp.float32 or not cpu.is_fit_for_floats(n_rows, k):
-        return direct(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=loops, default=direct)
+    flat = x.reshape(1, rows, k).astype(jnp.float32)
+    return products(flat, jnp.full(1, n), weight, jnp.int32(0)).reshape(*x.shape[:-1], n)
 
 
 def products_by_definition(
@@ -43,17 +35,17 @@ def products_by_definition(
 ) -> Float[Array, "matrix row n"]:
     """What `products` computes."""
     some = _some(weight, place, len(x))
-    products = einsum32("mrk,mnk->mrn", x, some, jnp.float32)
-    return jnp.where(jnp.arange(some.shape[1]) < reach[:, None, None], products, 0)
+    found = einsum32("mrk,mnk->mrn", x, some, jnp.float32)
+    return jnp.where(jnp.arange(some.shape[1]) < reach[:, None, None], found, 0)
 
 
 def sums_by_definition(
-    x: Float[Array, "matrix row n"], reach: Int[Array, " matrix"], weight: _Stack, place: Array
-) -> Float[Array, "matrix row k"]:
+    x: Float[Array, "matrix row k"], reach: Int[Array, " matrix"], weight: _Stack, place: Array
+) -> Float[Array, "matrix row n"]:
     """What `sums` computes."""
     some = _some(weight, place, len(x))
     x = jnp.where(jnp.arange(some.shape[1]) < reach[:, None, None], x, 0)
-    return einsum32("mrn,mnk->mrk", x, some, jnp.float32)
+    return einsum32("mrk,mkn->mrn", x, some, jnp.float32)
 
 
 def _some(weight: _Stack, place: Array, n: int) -> Float[Array, "matrix n k"]:
@@ -61,10 +53,12 @@ def _some(weight: _Stack, place: Array, n: int) -> Float[Array, "matrix n k"]:
     return of_bits(jax.lax.dynamic_slice_in_dim(stack, place, n))
 
 
-def _with_derivative(loops: Callable[..., Array], definition: Callable[..., Array]) -> Any:
+def _with_derivative(name: str, definition: Callable[..., Array]) -> Any:
     @jax.custom_jvp
     def computed(x: Array, reach: Array, weight: Array, place: Array) -> Array:
-        return loops(x, reach, weight, place)
+        from grokkit.kernels.cpu import product
+
+        return getattr(product, name)(x, reach, weight, place)
 
     @computed.defjvp
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -73,7 +67,7 @@ def _with_derivative(loops: Callable[..., Array], definition: Callable[..., Arra
     return computed
 
 
-products = _with_derivative(cpu.float_products, products_by_definition)
-"""Of consecutive matrices of a stack; see `grokkit.cpu.float_products`. On a CPU only."""
-sums = _with_derivative(cpu.float_sums, sums_by_definition)
-"""The same of matrices that lie the other way round; see `grokkit.cpu.float_sums`."""
+products = _with_derivative("float_products", products_by_definition)
+"""Of consecutive matrices of a stack; see `grokkit.kernels.cpu.product.float_products`."""
+sums = _with_derivative("float_sums", sums_by_definition)
+"""The same of matrices [k, n]; see `grokkit.kernels.cpu.product.float_sums`."""

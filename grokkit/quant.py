@@ -2,12 +2,11 @@
 
 The groups cut the contracting axis K in equal, consecutive parts: the matrix's entry in row k and
 column n is `weight[n, k] * scales[k // (K / G), n]`. The values are held transposed, [n, k]: what
-makes one output lies together, which is how products read a matrix fastest. The official
-checkpoint holds [k, n]; reading and writing it turn the matrices round, except where a matrix is
-used as it lies in its file (`Stored`).
+makes one output is contiguous, which is how products read a matrix fastest. The official
+checkpoint holds [k, n]; its matrices are transposed while they are read and written.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -19,45 +18,18 @@ from grokkit.errors import GrokkitError
 from grokkit.sharding import Declaration, ParamSpec
 
 
-class Stored(NamedTuple):
-    """How a stack of matrices lies in the bytes of a file.
-
-    Where the matrices are cut over a mesh, each device has all the bytes, and uses those of its part.
-    """
-
-    shape: tuple[int, ...]
-    """`(*lead, k, n)`, of whole matrices."""
-    groups: int
-    """Scale groups of a whole matrix."""
-    k_first: bool
-    """Whether they lie as [k, n], as in the official layout, and not as [n, k]."""
-    before: int
-    """Bytes before the first entry."""
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """How many rows a matrix has as it lies, and of how many entries."""
-        k, n = self.shape[-2:]
-        return (k, n) if self.k_first else (n, k)
-
-
 class QuantizedArray(eqx.Module):
     """A matrix (or a stack of them) held as int8 values and grouped scales.
 
     In a tree of declarations both leaves are `ParamSpec`s.
     """
 
-    weight: Int8[Array, "*lead n k"] | Int8[Array, " bytes"] | Declaration
+    weight: Int8[Array, "*lead n k"] | Declaration
     scales: BFloat16[Array, "*lead g n"] | Declaration
-    stored: Stored | None = eqx.field(static=True, default=None)
-    """If the weights are a file's bytes, how they lie there."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix, leading axes first: `(*lead, k, n)`."""
-        if self.stored:  # of which a device's part has its own scales
-            *lead, k, _ = self.stored.shape
-            return (*lead, k // self.stored.groups * self.groups, self.scales.shape[-1])
         *lead, n, k = self.weight.shape
         return (*lead, k, n)
 
@@ -65,13 +37,6 @@ class QuantizedArray(eqx.Module):
     def groups(self) -> int:
         """Number of scale groups G along the contracting axis."""
         return self.scales.shape[-2]
-
-
-def as_stored(q: QuantizedArray, weight: Any, stored: Stored) -> QuantizedArray:
-    """The same, whatever its leaves are, with `weight` in place of its own."""
-    none = ParamSpec((), jnp.int8, ())
-    structure = jax.tree.structure(QuantizedArray(none, none, stored))
-    return jax.tree.unflatten(structure, [weight, q.scales])
 
 
 class Slot(eqx.Module):
@@ -98,29 +63,7 @@ class Slot(eqx.Module):
             start = (*self.at, *(jnp.int32(0),) * len(rest))
             return jax.lax.dynamic_slice(a, start, (1,) * len(self.at) + rest).reshape(rest)
 
-        return jax.tree.map(take, n_first(self.stack))
-
-
-def n_first(q: QuantizedArray) -> QuantizedArray:
-    """The same, with the values as `[*lead, n, k]` if they are a file's bytes."""
-    if not q.stored:
-        return q
-    (*lead, k, n), k_first = q.shape, q.stored.k_first
-    weight = q.weight[q.stored.before :].reshape(*lead, *q.stored.rows)
-    start, size = (*(0 for _ in lead), *first_entry(q)), (k, n) if k_first else (n, k)
-    weight = jax.lax.dynamic_slice(weight, start, (*lead, *size))
-    return QuantizedArray(jnp.swapaxes(weight, -1, -2) if k_first else weight, q.scales)
-
-
-def first_entry(q: QuantizedArray) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
-    """Of matrices that are a file's bytes, the row and column, as they lie, where this device's part
-    begins; under `shard_map` over the axis `model`, if they are cut."""
-    assert q.stored
-    along_k, along_n = (
-        0 if part == whole else part * jax.lax.axis_index("model")
-        for part, whole in zip(q.shape[-2:], q.stored.shape[-2:], strict=True)
-    )
-    return (along_k, along_n) if q.stored.k_first else (along_n, along_k)
+        return jax.tree.map(take, self.stack)
 
 
 def index(
@@ -146,8 +89,6 @@ def layout(w: QuantizedArray | Slot | Array, cut: Literal["k", "n"]) -> PyTree[P
         return first if cut == "k" else last
     scales = first if cut == "k" else last
     weight = last if cut == "k" else first
-    if stack.stored:  # each device has all the bytes
-        weight = P(None)
     return jax.tree.unflatten(jax.tree.structure(w), [weight, scales, *(P() for _ in at)])
 
 
@@ -197,7 +138,7 @@ def quantize(w: Float[Array, "*lead k n"], groups: int = 1) -> QuantizedArray:
 def dequantize(q: QuantizedArray, dtype: jnp.dtype = jnp.float32) -> Float[Array, "*lead k n"]:
     """The matrix that `q` stands for, whole. For tests and analyses; the model never makes it."""
     *lead, k, n = q.shape
-    weight = jnp.swapaxes(n_first(q).weight, -1, -2).astype(jnp.float32)
+    weight = jnp.swapaxes(q.weight, -1, -2).astype(jnp.float32)
     grouped = weight.reshape(*lead, q.groups, k // q.groups, n)
     scaled = grouped * q.scales.astype(jnp.float32)[..., :, None, :]
     return scaled.reshape(q.shape).astype(dtype)

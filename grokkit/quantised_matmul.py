@@ -1,21 +1,21 @@
 """Products with 8-bit matrices: `x @ w` without the matrix of floats that `w` stands for.
 
 `plain` says what is computed, and is what accelerators run: there the conversion fuses into the
-product. On a CPU the loops of `grokkit.cpu` give the same. docs/performance.md explains why they
-look as they do.
+product. On a CPU the kernels of `grokkit.kernels.cpu` give the same for matrices that gain by it.
+docs/performance.md explains why they look as they do.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
 from jaxtyping import Array, BFloat16, Float, Int, Int8
 
-from grokkit import cpu
+from grokkit.kernels.cpu import kernels
 from grokkit.numerics import einsum32
-from grokkit.quant import QuantizedArray, Slot, first_entry, n_first
+from grokkit.quant import QuantizedArray, Slot
 
 _BLOCK = 2**21
 """Entries of the matrix that a gradient converts at a time: their floats fit in a cache of a few
@@ -40,19 +40,14 @@ def matmul(
     """
     if not isinstance(w, QuantizedArray | Slot):
         return einsum32("...k,kn->...n", x, w, dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.platform_dependent(
-        rows,
-        w,
-        cpu=lambda x, w: on_cpu(x, w, dtype),
-        default=lambda x, w: plain(x, w, dtype),
-    )
+    rows, fast = x.reshape(-1, x.shape[-1]), cpu_kernels(w)
+    y = plain(rows, w, dtype) if fast is None else on_cpu(fast, rows, w, dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
     """The definition: each group's product, times its scales, summed."""
-    q = n_first(w.read() if isinstance(w, Slot) else w)
+    q = w.read() if isinstance(w, Slot) else w
     k, n = q.shape
     x = x.reshape(-1, q.groups, k // q.groups)
     weight = q.weight.reshape(n, q.groups, k // q.groups)
@@ -64,168 +59,78 @@ def plain(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Flo
     return jnp.sum(partial * q.scales.astype(jnp.float32), axis=1)
 
 
-def on_cpu(x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any) -> Float[Array, "row n"]:
-    """The same as `plain`, in loops of our own. Differentiable in `x`."""
-    if not cpu.is_there():
-        return plain(x, w, dtype)
-    flat, how = _flat(w, dtype)
-    return _product(varying(x, w), flat, how)
+class Stack(NamedTuple):
+    """8-bit matrices, one after the other."""
 
-
-def grouped_on_cpu(
-    x: Float[Array, "row k"], counts: Int[Array, " matrix"], w: QuantizedArray | Slot, dtype: Any
-) -> Float[Array, "row n"]:
-    """Each row times its own matrix, in loops of our own. Not differentiable.
-
-    **Arguments:**
-
-    - `x`: rows, sorted by the matrix that they meet.
-    - `counts`: how many of them meet each matrix.
-    - `w`: the matrices, stacked.
-    - `dtype`: as for `matmul`.
-    """
-    flat, how = _flat(w, dtype)
-    return _products(varying(x, w), counts, flat, how)
-
-
-class _Flat(NamedTuple):
-    """A stack of matrices as one: each matrix, unless it is a file's bytes, and its groups' scales, in
-    consecutive rows."""
-
-    weight: Int8[Array, "matrix_n k"] | Int8[Array, " bytes"]
-    scales: BFloat16[Array, "matrix_g n"]
+    weight: Int8[Array, "matrix n k"]
+    scales: BFloat16[Array, "matrix g n"]
     place: Int[Array, ""]
-    """Of a matrix in the stack; of several, the first one's."""
-    first: tuple[Int[Array, ""], Int[Array, ""]]
-    """Row and column, as they lie, of a matrix's first entry that is used."""
+    """Of a matrix among them; of several, the first one's."""
+
+    @staticmethod
+    def of(w: QuantizedArray | Slot) -> "Stack":
+        """The stack that a matrix, or some in a row, are in."""
+        stack, at = (w.stack, w.at) if isinstance(w, Slot) else (w, ())
+        place = jnp.int32(0)
+        for axis, size in enumerate(stack.shape[:-2]):
+            place = place * size + (at[axis] if axis < len(at) else 0)
+        weight, scales = (a.reshape(-1, *a.shape[-2:]) for a in (stack.weight, stack.scales))
+        return Stack(weight, scales, place)
 
 
-class _How(NamedTuple):
-    """What is known of a product before it is computed."""
-
-    dtype: Any
-    k: int
-    groups: int
-    strides: cpu.Strides
-    before: int
-    """Bytes before the first matrix."""
+def cpu_kernels(w: QuantizedArray | Slot) -> Any:
+    """`grokkit.kernels.cpu.product`, if it has kernels for such matrices and they gain by it."""
+    stack = w.stack if isinstance(w, Slot) else w
+    k, n = stack.shape[-2:]
+    fast = kernels(n * k)
+    return fast if fast is not None and fast.is_fit(n, k, stack.groups) else None
 
 
-def _flat(w: QuantizedArray | Slot, dtype: Any) -> tuple[_Flat, _How]:
-    """The stack that a matrix is in, and its place there."""
-    stack, at = (w.stack, w.at) if isinstance(w, Slot) else (w, ())
-    (*lead, k, n), place, stored = stack.shape, jnp.int32(0), stack.stored
-    for axis, size in enumerate(lead):
-        place = place * size + (at[axis] if axis < len(at) else 0)
-    scales, zero = stack.scales.reshape(-1, n), jnp.int32(0)
-    if stored:
-        rows, row = stored.rows
-        strides, before = cpu.Strides(stored.k_first, row, rows * row), stored.before
-        weight, first = stack.weight, tuple(jnp.int32(i) for i in first_entry(stack))
-    else:
-        strides, before = cpu.Strides(False, k, n * k), 0
-        weight, first = stack.weight.reshape(-1, k), (zero, zero)
-    how = _How(jnp.dtype(dtype), k, stack.groups, strides, before)
-    return _Flat(weight, scales, place, first), how
+def on_cpu(
+    fast: Any, x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any
+) -> Float[Array, "row n"]:
+    """The same as `plain`, by `cpu_kernels`. Differentiable in `x`."""
+    (rows, k), stack = x.shape, Stack.of(w)
+    is_packed = fast.is_fit_for_packing(rows, k, stack.scales.shape[1], 1, dtype)
+
+    @jax.custom_jvp
+    def multiply(x: Array, stack: Stack) -> Array:
+        if not is_packed:
+            return fast.product(x, jnp.array([0, rows]), *stack)
+        blocks = -(-rows // fast.BLOCK)
+        packed = fast.pack(jnp.pad(x, ((0, blocks * fast.BLOCK - rows), (0, 0))))
+        return fast.packed_product(packed, jnp.array([0, blocks]), *stack)[:rows]
+
+    @multiply.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        x, stack = primals
+        forward = lambda stack, dx: multiply(dx, stack)
+        return multiply(x, stack), linear_call(forward, transposed, stack, tangents[0])
+
+    return multiply(x, stack)
 
 
-def _products(x: Array, counts: Array, flat: _Flat, how: _How) -> Array:
-    row, column = flat.first
-    before = how.before + row * how.strides.row + column
-    stack = flat.weight, flat.scales, how.groups, flat.place
-    return cpu.grouped_product(x, counts, *stack, how.dtype, how.strides, before)
-
-
-def varying(x: Array, w: QuantizedArray | Slot) -> Array:
-    """`x`, of the type that shard_map wants of what is used with a matrix.
-
-    Where the matrix differs between devices, and so its scales do, so does the gradient of what it
-    multiplies.
-    """
-    scales = (w.stack if isinstance(w, Slot) else w).scales
-    # Of whole numbers XLA knows that this is 0, so that nothing is added.
-    first = jax.lax.bitcast_convert_type(scales[(0,) * scales.ndim], jnp.uint16)
-    return x + (0 * first).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, flat: _Flat, how: _How) -> Array:
-    return _products(x, jnp.array([x.shape[0]]), flat, how)
-
-
-def _forward(x: Array, flat: _Flat, how: _How) -> Any:
-    return _product(x, flat, how), flat
-
-
-def _backward(how: _How, flat: _Flat, dy: Float[Array, "row n"]) -> Any:
-    """The gradient of `x`, in float32; the weights have none."""
-    n = flat.scales.shape[1]
-    start = flat.place * how.groups, jnp.int32(0)
-    scaled = jax.lax.dynamic_slice(flat.scales, start, (how.groups, n))
-    scaled = dy * scaled.astype(jnp.float32)[:, None]
-    through = _through_entries if how.strides.k_first else _through_outputs
-    dx = through(scaled, flat, how)
-    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], -1), None
-
-
-def _block(
-    flat: _Flat, how: _How, row: Any, column: Any, shape: tuple[int, int]
-) -> Float[Array, "row column"]:
-    """Some of a matrix's rows, as they lie, as floats."""
-    weight, strides = flat.weight, how.strides
-    if weight.ndim == 1:
-        row, column = flat.first[0] + row, flat.first[1] + column
-        # Whole rows: of the bytes after the last part of a row there may be too few.
-        start = how.before + flat.place * strides.matrix + row * strides.row
-        size = shape[0] * strides.row
-        weight = jax.lax.dynamic_slice(weight, (start,), (size,)).reshape(-1, strides.row)
-        row = jnp.int32(0)
-    else:
-        row = flat.place * (strides.matrix // strides.row) + row
-    return jax.lax.dynamic_slice(weight, (row, column), shape).astype(jnp.float32)
-
-
-def _through_outputs(
-    scaled: Float[Array, "group row n"], flat: _Flat, how: _How
-) -> Float[Array, "group row entry"]:
-    """The gradient of each group's entries, some outputs at a time."""
-    groups, rows, n = scaled.shape
-    k = how.k // groups
+def transposed(stack: Stack, dy: Float[Array, "row n"]) -> Float[Array, "row k"]:
+    """`dy @ w.T`, the gradient of a product's rows, in float32: some outputs at a time."""
+    _, n, k = stack.weight.shape
+    groups = stack.scales.shape[1]
     size = block_rows(n, k)
 
-    def one(_, group):
-        def add(total, row):
-            block = _block(flat, how, row, group * k, (size, k))
-            part = jax.lax.dynamic_slice(scaled, (group, 0, row), (1, rows, size))[0]
-            product = jnp.dot(part, block, precision=jax.lax.Precision.HIGHEST)
-            return total + product, None
+    def add(total: Array, first: Array) -> tuple[Array, None]:
+        start = (stack.place, first, jnp.int32(0))
+        block = jax.lax.dynamic_slice(stack.weight, start, (1, size, k))[0]
+        start = (stack.place, jnp.int32(0), first)
+        scales = jax.lax.dynamic_slice(stack.scales, start, (1, groups, size))[0]
+        part = jax.lax.dynamic_slice_in_dim(dy, first, size, axis=1)
+        scaled = part * scales.astype(jnp.float32)[:, None]
+        block = block.astype(jnp.float32).reshape(size, groups, k // groups)
+        return total + einsum32("gtn,ngk->tgk", scaled, block, jnp.float32), None
 
-        # Zeros that vary over the devices as the sums will.
-        zeros = jnp.zeros((rows, k)) + 0 * scaled[0, :, :1]
-        return None, jax.lax.scan(add, zeros, jnp.arange(0, n, size, dtype=jnp.int32))[0]
-
-    return jax.lax.scan(one, None, jnp.arange(groups, dtype=jnp.int32))[1]
-
-
-def _through_entries(
-    scaled: Float[Array, "group row n"], flat: _Flat, how: _How
-) -> Float[Array, "group row entry"]:
-    """The same of a matrix that lies as [k, n], some entries at a time."""
-    groups, rows, n = scaled.shape
-    k = how.k // groups
-    size = block_rows(k, n)
-
-    def one(_, i):
-        block = _block(flat, how, i * size, jnp.int32(0), (size, n))
-        part = scaled[i * size // k]
-        return None, jnp.dot(part, block.T, precision=jax.lax.Precision.HIGHEST)
-
-    steps = jnp.arange(how.k // size, dtype=jnp.int32)
-    dx = jax.lax.scan(one, None, steps)[1].reshape(groups, k // size, rows, size)
-    return jnp.moveaxis(dx, 2, 1).reshape(groups, rows, k)
-
-
-_product.defvjp(_forward, _backward)
+    # Zeros that vary over the devices as the sums will.
+    vary = 0 * dy[:, :1] * stack.scales[0, 0, 0].astype(jnp.float32)
+    zeros = jnp.zeros((dy.shape[0], groups, k // groups)) + vary[:, :, None]
+    total = jax.lax.scan(add, zeros, jnp.arange(0, n, size, dtype=jnp.int32))[0]
+    return total.reshape(dy.shape[0], k)
 
 
 def block_rows(n: int, k: int) -> int:

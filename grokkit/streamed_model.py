@@ -13,13 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm.auto import tqdm
 
-from grokkit import cpu
 from grokkit.checkpoint import Checkpoint
 from grokkit.checkpoint.loading import load_planned, plan_params
 from grokkit.checkpoint.streaming import LayerReader
 from grokkit.config import GrokConfig
 from grokkit.kv_cache import KVCache
-from grokkit.layers.attention import KEY_BLOCK
 from grokkit.model import (
     Block,
     Ends,
@@ -205,29 +203,10 @@ def run_layer(
 ) -> tuple[Array, KVCache | None, Array, dict[str, Any]]:
     """`run_block`, compiled; stream and cache are used up. Before the captures it returns a few
     numbers that nobody uses up: when they are there, it has ended."""
-    x = _in_large_pages(x, block.attention.config)
     x, cache, kept = run_block(block, x, rows, cache, layer, dtype, captures, edits)
     stream = P("data", None, None)
     ended = jax.shard_map(lambda x: x[:1, :1, :1], in_specs=stream, out_specs=stream)(x)
     return x, cache, ended, kept
-
-
-def _in_large_pages(
-    x: Float[Array, "batch position d_model"], config: GrokConfig
-) -> Float[Array, "batch position d_model"]:
-    """See `grokkit.cpu.in_large_pages`: here a program runs once for each layer."""
-
-    def local(x: Array) -> Array:
-        heads = 2 * config.n_heads * KEY_BLOCK
-        units = 3 * config.n_experts_per_token * config.d_ff
-        parts = jax.sharding.get_abstract_mesh().shape["model"]
-        n_bytes = x.shape[0] * x.shape[1] * (heads + units) // parts * x.itemsize
-        return jax.lax.platform_dependent(
-            x, cpu=lambda x: cpu.in_large_pages(x, n_bytes), default=lambda x: x
-        )
-
-    rows = P("data", None, None)
-    return jax.shard_map(local, in_specs=rows, out_specs=rows)(x)
 
 
 @functools.partial(jax.jit, static_argnames=("last_only", "captures"))

@@ -5,7 +5,6 @@ matrices that do not, which products there take as they lie, in the file's pages
 they are of the official layout, or a device's part of them is not in one piece.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,54 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from grokkit import cpu, quant
 from grokkit.checkpoint import pages
 from grokkit.checkpoint.loading import LeafPlan, Parts, finished
 from grokkit.checkpoint.pages import PAGE
 from grokkit.checkpoint.tensor_file import TensorFile
-from grokkit.quant import QuantizedArray, Stored
 
 _ALIGNMENT = 64  # bytes: what XLA asks of host memory that it uses in place
 _MOST = 2**31 - 1  # bytes that XLA counts in 32 bits
 
 
 def as_stored(plans: PyTree) -> PyTree:
-    """A tree of `LeafPlan`s with the 8-bit matrices as their files hold them, where they can be
-    used so: see `grokkit.quant.Stored`."""
-    return jax.tree.map(
-        lambda x: _as_stored(x) if isinstance(x, QuantizedArray) else x,
-        plans,
-        is_leaf=lambda x: isinstance(x, QuantizedArray),
-    )
-
-
-def _as_stored(matrix: QuantizedArray) -> QuantizedArray:
-    plan: Any = matrix.weight
-    first = plan.sources[0].span
-    before = first.offset % PAGE  # so that whole pages can be read, past the page cache
-    n_layers, n_bytes = len(plan.sources), before + first.nbytes
-    are_fit = all(source.span.offset >= before for source in plan.sources)
-    is_alone = plan.sharding.is_fully_addressable  # of other processes' parts nothing is read
-    if not (cpu.is_there() and are_fit and n_bytes <= _MOST and is_alone):
-        return matrix
-    if all(can_be_mapped(plan.layer(i)) for i in range(n_layers)):
-        return matrix
-
-    def as_bytes(source: Any) -> Any:
-        offset = source.span.offset - before
-        span = dataclasses.replace(source.span, shape=(n_bytes,), offset=offset)
-        return dataclasses.replace(source, turned=False, span=span)
-
-    sharding = NamedSharding(plan.sharding.mesh, PartitionSpec(None, None))
-    sources = tuple(map(as_bytes, plan.sources))
-    weight = LeafPlan((n_layers, n_bytes), plan.dtype, sharding, sources)
-    if not all(can_be_mapped(weight.layer(i)) for i in range(n_layers)):
-        return matrix
-    stored = Stored(matrix.shape[1:], matrix.groups, plan.sources[0].turned, before)
-    return quant.as_stored(matrix, weight, stored)
+    """The plans as they are."""
+    return plans
 
 
 def can_be_mapped(plan: LeafPlan) -> bool:

@@ -2,20 +2,18 @@
 
 Rows are sorted by expert. `plain` cuts them into blocks of one expert each (the block-sparse form
 of Gale et al., MegaBlocks, arXiv 2211.15841), and a loop runs block after block, reading only the
-weights of that block's expert; that is what accelerators run. On a CPU `grouped` runs each
-matrix's rows as they are, all experts in one product.
+weights of that block's expert; that is what accelerators run. On a CPU `grouped` runs all experts'
+rows in one product.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grokkit import cpu
 from grokkit.quant import QuantizedArray, Slot, index
-from grokkit.quantised_matmul import grouped_on_cpu, matmul, varying
+from grokkit.quantised_matmul import Stack, cpu_kernels, matmul
 
 _Into = QuantizedArray | Slot | Float[Array, "expert d_model d_ff"]
 _Back = QuantizedArray | Slot | Float[Array, "expert d_ff d_model"]
@@ -41,15 +39,10 @@ def expert_outputs(
         result is this part's share of the sum.
     - `dtype`: in which to multiply; see `einsum32`.
     """
-    if not isinstance(gate, QuantizedArray | Slot) or not cpu.is_there():
-        return plain(x, chosen, (gate, value, out), dtype)
-    return jax.lax.platform_dependent(
-        x,
-        chosen,
-        (gate, value, out),
-        cpu=lambda x, chosen, experts: grouped(x, chosen, experts, dtype),
-        default=lambda x, chosen, experts: plain(x, chosen, experts, dtype),
-    )
+    experts = (gate, value, out)
+    if all(isinstance(w, QuantizedArray | Slot) and cpu_kernels(w) for w in experts):
+        return grouped(cpu_kernels(gate), x, chosen, experts, dtype)
+    return plain(x, chosen, experts, dtype)
 
 
 def plain(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) -> Array:
@@ -72,35 +65,64 @@ def plain(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) ->
     return results.reshape(-1, results.shape[-1])[place].reshape(n_rows, n_chosen, -1)
 
 
-def grouped(x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) -> Array:
-    """`expert_outputs` of 8-bit matrices, by products of rows that are grouped by expert.
+def grouped(fast: Any, x: Array, chosen: Array, experts: tuple[Any, Any, Any], dtype: Any) -> Array:
+    """`expert_outputs` of 8-bit matrices, by CPU kernels for rows that are grouped by expert.
     Differentiable in `x`, at the cost of `plain`."""
-    return _grouped(varying(x, experts[0]), chosen, experts, jnp.dtype(dtype))
+
+    @jax.custom_jvp
+    def computed(x: Array, chosen: Array, experts: Any) -> Array:
+        stacks = [Stack.of(w) for w in experts]
+        (n_rows, n_chosen), n_experts = chosen.shape, experts[0].shape[0]
+        # Both axes that are contracted must be fit for packing, with their groups of scales.
+        widths = [(s.weight.shape[2], s.scales.shape[1]) for s in stacks]
+        pairs = n_rows * n_chosen
+        is_packed = all(
+            fast.is_fit_for_packing(pairs, k, groups, n_experts, dtype) for k, groups in widths
+        )
+        size = fast.BLOCK if is_packed else 1
+        rows, starts, place = _by_expert(chosen.reshape(-1), n_experts, size)
+        hidden = x[rows // n_chosen]
+
+        def multiply(rows: Any, stack: Stack) -> Array:
+            return (fast.packed_product if is_packed else fast.product)(rows, starts, *stack)
+
+        def prepared(rows: Array) -> Array:
+            return fast.pack(rows) if is_packed else rows
+
+        hidden = prepared(hidden)
+        hidden = jax.nn.gelu(multiply(hidden, stacks[0]), approximate=True) * multiply(
+            hidden, stacks[1]
+        )
+        outputs = multiply(prepared(hidden), stacks[2])
+        return outputs[place].reshape(n_rows, n_chosen, -1)
+
+    @computed.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        x, chosen, experts = primals
+        tangent = jax.jvp(lambda x: plain(x, chosen, experts, dtype), (x,), tangents[:1])[1]
+        return computed(*primals), tangent
+
+    return computed(x, chosen, experts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x: Array, chosen: Array, experts: Any, dtype: Any) -> Array:
-    gate, value, out = experts
-    n_rows, n_chosen = chosen.shape
-    order, counts = _sorted(chosen.reshape(-1), gate.shape[0])
-    rows = x[order // n_chosen]
-    hidden = jax.nn.gelu(grouped_on_cpu(rows, counts, gate, dtype), approximate=True)
-    hidden = hidden * grouped_on_cpu(rows, counts, value, dtype)
-    outputs = grouped_on_cpu(hidden, counts, out, dtype)
-    return outputs[_places(order)].reshape(n_rows, n_chosen, -1)
+def _by_expert(
+    experts: Int[Array, " pair"], n_experts: int, size: int
+) -> tuple[Int[Array, " row"], Int[Array, " expert+1"], Int[Array, " pair"]]:
+    """Sort pairs by expert into blocks of `size` that share one; what is left of a block is filled.
 
-
-def _grouped_forward(x: Array, chosen: Array, experts: Any, dtype: Any) -> Any:
-    return _grouped(x, chosen, experts, dtype), (x, chosen, experts)
-
-
-def _grouped_backward(dtype: Any, residuals: Any, dy: Array) -> Any:
-    # The products of groups have no derivative of their own.
-    x, chosen, experts = residuals
-    return *jax.vjp(lambda x: plain(x, chosen, experts, dtype), x)[1](dy), None, None
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)
+    **Returns:** which pair each row of the blocks is; where each expert's blocks begin, and the last
+    one's end; and for each pair its row.
+    """
+    n = experts.shape[0]
+    order, counts = _sorted(experts, n_experts)
+    starts = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
+    if size == 1:
+        return order, starts, _places(order)
+    first_pair = jnp.cumsum(counts) - counts
+    row = starts[experts] * size + _places(order) - first_pair[experts]
+    n_blocks = min(n, n // size + n_experts)
+    rows = jnp.zeros(n_blocks * size, order.dtype).at[row].set(jnp.arange(n, dtype=order.dtype))
+    return rows, starts, row
 
 
 def _sorted(
