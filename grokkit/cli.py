@@ -14,6 +14,7 @@ from grokkit.checkpoint import check_content
 from grokkit.cli_arguments import mesh_shape, open_named
 from grokkit.errors import GrokkitError
 from grokkit.inspect_checkpoint import checkpoint_layout
+from grokkit.runtime import compiling
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -52,7 +53,8 @@ def guarded(name: str, run: Callable[[], None], is_program: bool) -> int:
         # A character that the terminal cannot show must not end the text.
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        run()
+        with compiling.announced():
+            run()
         sys.stdout.flush()
         return 0
     except GrokkitError as error:
@@ -82,6 +84,7 @@ def exit_on_interrupt() -> None:
     def listen() -> None:
         while listener.recv(1) != bytes([signal.SIGINT]):
             pass
+        compiling.stop()
         os.write(2, b"\n")
         os._exit(INTERRUPTED)
 

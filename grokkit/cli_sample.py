@@ -19,6 +19,7 @@ from grokkit.errors import ConfigError, PromptError, TokenizerError
 from grokkit.generate import check_prompts
 from grokkit.loading import default_dtype, default_mesh
 from grokkit.model import check_mesh, param_specs
+from grokkit.runtime import compiling
 from grokkit.sampling import Sampling
 from grokkit.tokenizer import Tokenizer
 
@@ -150,6 +151,8 @@ def _run(options: argparse.Namespace) -> None:
         grokkit.virtual_devices(options.virtual_devices)
     _join_processes(options)
     mesh = processes.agree(lambda: _prepare(options), together=options.processes is not None)
+    if not processes.is_first():
+        compiling.stop()
     lm = grokkit.load(
         options.checkpoint, mesh, options.dtype, progress=not options.no_progress,
         stream=options.stream,

@@ -55,6 +55,11 @@ def folder() -> Path | None:
     return found if os.access(found, os.W_OK) else None
 
 
+def is_on() -> bool:
+    """Whether the next process finds what this one compiles, in whatever folder."""
+    return bool(_setting("jax_enable_compilation_cache") and _setting("jax_compilation_cache_dir"))
+
+
 def _setting(name: str) -> Any:
     """One of JAX's settings, from a call, the environment or its default."""
     return getattr(jax.config, name)

@@ -11,6 +11,10 @@ WAITING = [
     "optax",
     "treescope",
     "huggingface_hub",
+    "numba",
+    "llvmlite",
+    "scipy",
+    "rich",
 ]
 
 CODE = f"""

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from grokkit.errors import GrokkitError, PromptError
 from grokkit.generate import bucket, pad_right
 from grokkit.language_model import LanguageModel
+from grokkit.runtime import compiling
 from grokkit.widgets.latest import Latest
 from grokkit.widgets.view import View, page, write_text
 
@@ -59,7 +60,8 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
         self.view = View(kind=self.kind, state=state)
         self._status = ipywidgets.HTML()
         self._status.add_class("grokkit-status")
-        self._latest = Latest(self._compute, self._deliver, self._fail, self._change)
+        self._compiling = ""  # what to say of a compilation under way
+        self._latest = Latest(self._compute_announced, self._deliver, self._fail, self._change)
         self._asked: Any = None
         self.traceback = ""
         super().__init__([*controls, self._status, self.view])
@@ -128,6 +130,19 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
 
     # Called by the background thread
 
+    def _compute_announced(self, request: Any) -> Generator[Data, None, None]:
+        with compiling.announced(self._say_compiling):
+            yield from self._compute(request)
+
+    def _say_compiling(self, line: str) -> None:
+        self._compiling = line
+        # Not to be waited for here; whoever has the lock shows what is going on.
+        if self._latest.lock.acquire(blocking=False):
+            try:
+                self._show_status()
+            finally:
+                self._latest.lock.release()
+
     def _deliver(self, data: Data) -> None:
         self.view.data = data
         self._say("")
@@ -149,7 +164,8 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
     def _show_status(self) -> None:
         self.view.status = "busy" if self.busy else "failed" if self.error else "ready"
         if self.busy:
-            text = '<span class="gk-busy" role="status">computing …</span>'
+            doing = self._compiling or "computing …"
+            text = f'<span class="gk-busy" role="status">{html.escape(doing)}</span>'
         elif self.error:
             text = f'<span class="gk-error" role="alert">{html.escape(self.error)}</span>'
         else:

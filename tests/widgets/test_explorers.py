@@ -15,6 +15,7 @@ from grokkit.analysis.patching import Experts, LogitDifference, Positions, patch
 from grokkit.config import GrokConfig
 from grokkit.errors import GrokkitError, PromptError
 from grokkit.language_model import LanguageModel
+from grokkit.runtime import compiling
 from grokkit.tokenizer import Tokenizer
 from grokkit.widgets import (
     AttentionExplorer,
@@ -324,6 +325,30 @@ def test_busy_while_computing_and_a_newer_text_supersedes(tiny_lm, settled, monk
     settled(explorer)
     assert shown == [tiny_lm.to_str_tokens("four")]
     assert explorer.view.status == "ready"
+
+
+def test_a_compilation_is_told(tiny_lm, settled, monkeypatch):
+    explorer = settled(RoutingExplorer(tiny_lm, TEXT))
+    run = LanguageModel.run_with_cache
+    shown, told = [], threading.Event()
+
+    def show(change):
+        shown.append(re.sub("<[^>]*>", "", change["new"]))
+        if "compiling" in change["new"]:
+            told.set()
+
+    def slow(*arguments, **options):
+        with compiling.notice("compiling <it>", kept=True):
+            assert told.wait(60)
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(compiling, "_DELAY", 0.0)
+    monkeypatch.setattr(LanguageModel, "run_with_cache", slow)
+    explorer._status.observe(show, "value")
+    explorer.text = "The lazy dog"
+    settled(explorer)
+    line = "compiling &lt;it&gt;, once; kept for the next time (1 s)"
+    assert shown[:2] == ["computing …", line] and shown[-1] == "ready"
 
 
 def test_an_unexpected_error_is_told_and_survived(tiny_lm, settled, monkeypatch):
