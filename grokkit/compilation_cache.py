@@ -1,6 +1,5 @@
 """Compiled programs kept on disk, so that a model that ran once starts sooner the next time."""
 
-import functools
 import hashlib
 import os
 import platform
@@ -39,7 +38,6 @@ def enable() -> Path | None:
     return found
 
 
-@functools.cache
 def folder() -> Path | None:
     """The folder for what is compiled for this kind of CPU, made if it is not there; `None` if the
     cache is off or the folder cannot be written."""

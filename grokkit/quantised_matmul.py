@@ -67,6 +67,16 @@ class Stack(NamedTuple):
     place: Int[Array, ""]
     """Of a matrix among them; of several, the first one's."""
 
+    @property
+    def k(self) -> int:
+        """Entries of a matrix's contracting axis."""
+        return self.weight.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Groups of scales of a matrix."""
+        return self.scales.shape[1]
+
     @staticmethod
     def of(w: QuantizedArray | Slot) -> "Stack":
         """The stack that a matrix, or some in a row, are in."""
@@ -90,8 +100,8 @@ def on_cpu(
     fast: Any, x: Float[Array, "row k"], w: QuantizedArray | Slot, dtype: Any
 ) -> Float[Array, "row n"]:
     """The same as `plain`, by `cpu_kernels`. Differentiable in `x`."""
-    (rows, k), stack = x.shape, Stack.of(w)
-    is_packed = fast.is_fit_for_packing(rows, k, stack.scales.shape[1], 1, dtype)
+    rows, stack = x.shape[0], Stack.of(w)
+    is_packed = fast.is_fit_for_packing(rows, stack.k, stack.groups, 1, dtype)
 
     @jax.custom_jvp
     def multiply(x: Array, stack: Stack) -> Array:
@@ -107,14 +117,13 @@ def on_cpu(
         forward = lambda stack, dx: multiply(dx, stack)
         return multiply(x, stack), linear_call(forward, transposed, stack, tangents[0])
 
-    return multiply(x, stack)
+    return multiply(fast.varying(x, stack.scales), stack)
 
 
 def transposed(stack: Stack, dy: Float[Array, "row n"]) -> Float[Array, "row k"]:
     """`dy @ w.T`, the gradient of a product's rows, in float32: some outputs at a time."""
     _, n, k = stack.weight.shape
-    groups = stack.scales.shape[1]
-    size = block_rows(n, k)
+    groups, size = stack.groups, block_rows(n, k)
 
     def add(total: Array, first: Array) -> tuple[Array, None]:
         start = (stack.place, first, jnp.int32(0))

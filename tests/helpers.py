@@ -10,7 +10,7 @@ import reference
 
 from grokkit.config import GrokConfig
 from grokkit.model import Grok, Output, param_specs, place
-from grokkit.quant import QuantizedArray, Stored
+from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec
 from grokkit.taps import Capture
 
@@ -95,11 +95,3 @@ def forward(model: Grok, mesh, tokens, captures=(), cache=None, lengths=None) ->
     captures = tuple(Capture(c) if isinstance(c, str) else c for c in captures)
     with jax.set_mesh(mesh):
         return _forward(model, np.asarray(tokens, np.int32), cache, lengths, captures)
-
-
-def in_a_file(q: QuantizedArray, k_first: bool) -> QuantizedArray:
-    """A stack of 8-bit matrices as the bytes of a file, some of them before it."""
-    before = 21
-    entries = jnp.swapaxes(q.weight, -1, -2) if k_first else q.weight
-    weight = jnp.concatenate([jnp.full(before, 99, jnp.int8), entries.reshape(-1)])
-    return QuantizedArray(weight, q.scales, Stored(q.shape, q.groups, k_first, before))

@@ -40,8 +40,9 @@ def expert_outputs(
     - `dtype`: in which to multiply; see `einsum32`.
     """
     experts = (gate, value, out)
-    if all(isinstance(w, QuantizedArray | Slot) and cpu_kernels(w) for w in experts):
-        return grouped(cpu_kernels(gate), x, chosen, experts, dtype)
+    fast = [cpu_kernels(w) for w in experts if isinstance(w, QuantizedArray | Slot)]
+    if len(fast) == len(experts) and all(fast):
+        return grouped(fast[0], x, chosen, experts, dtype)
     return plain(x, chosen, experts, dtype)
 
 
@@ -71,29 +72,20 @@ def grouped(fast: Any, x: Array, chosen: Array, experts: tuple[Any, Any, Any], d
 
     @jax.custom_jvp
     def computed(x: Array, chosen: Array, experts: Any) -> Array:
-        stacks = [Stack.of(w) for w in experts]
+        gate, value, out = (Stack.of(w) for w in experts)
         (n_rows, n_chosen), n_experts = chosen.shape, experts[0].shape[0]
-        # Both axes that are contracted must be fit for packing, with their groups of scales.
-        widths = [(s.weight.shape[2], s.scales.shape[1]) for s in stacks]
-        pairs = n_rows * n_chosen
         is_packed = all(
-            fast.is_fit_for_packing(pairs, k, groups, n_experts, dtype) for k, groups in widths
+            fast.is_fit_for_packing(n_rows * n_chosen, w.k, w.groups, n_experts, dtype)
+            for w in (gate, out)
         )
-        size = fast.BLOCK if is_packed else 1
-        rows, starts, place = _by_expert(chosen.reshape(-1), n_experts, size)
-        hidden = x[rows // n_chosen]
-
-        def multiply(rows: Any, stack: Stack) -> Array:
-            return (fast.packed_product if is_packed else fast.product)(rows, starts, *stack)
-
-        def prepared(rows: Array) -> Array:
-            return fast.pack(rows) if is_packed else rows
-
-        hidden = prepared(hidden)
-        hidden = jax.nn.gelu(multiply(hidden, stacks[0]), approximate=True) * multiply(
-            hidden, stacks[1]
-        )
-        outputs = multiply(prepared(hidden), stacks[2])
+        multiply = fast.packed_product if is_packed else fast.product
+        prepared = fast.pack if is_packed else (lambda rows: rows)
+        block = fast.BLOCK if is_packed else 1
+        pairs, starts, place = _by_expert(chosen.reshape(-1), n_experts, block)
+        rows = prepared(x[pairs // n_chosen])
+        gates = jax.nn.gelu(multiply(rows, starts, *gate), approximate=True)
+        hidden = prepared(gates * multiply(rows, starts, *value))
+        outputs = multiply(hidden, starts, *out)
         return outputs[place].reshape(n_rows, n_chosen, -1)
 
     @computed.defjvp
@@ -102,12 +94,12 @@ def grouped(fast: Any, x: Array, chosen: Array, experts: tuple[Any, Any, Any], d
         tangent = jax.jvp(lambda x: plain(x, chosen, experts, dtype), (x,), tangents[:1])[1]
         return computed(*primals), tangent
 
-    return computed(x, chosen, experts)
+    return computed(fast.varying(x, Stack.of(experts[0]).scales), chosen, experts)
 
 
 def _by_expert(
     experts: Int[Array, " pair"], n_experts: int, size: int
-) -> tuple[Int[Array, " row"], Int[Array, " expert+1"], Int[Array, " pair"]]:
+) -> tuple[Int[Array, " row"], Int[Array, " start"], Int[Array, " pair"]]:
     """Sort pairs by expert into blocks of `size` that share one; what is left of a block is filled.
 
     **Returns:** which pair each row of the blocks is; where each expert's blocks begin, and the last

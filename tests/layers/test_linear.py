@@ -3,14 +3,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import float64, in_a_file, relative_error
+from helpers import float64, relative_error
 from jax.sharding import PartitionSpec as P
 
 import grokkit
-from grokkit.layers import linear
+from grokkit.kernels import cpu
 from grokkit.layers.linear import column_parallel, row_parallel
-from grokkit.quant import QuantizedArray, dequantize, index, layout
-from grokkit.quantised_matmul import plain
+from grokkit.quant import QuantizedArray, layout
 
 FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -45,34 +44,20 @@ def test_is_the_product_on_any_mesh(function, groups, cut, x_spec, out_spec, sha
     assert found.sharding.spec == out_spec
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 8)], ids=str)
-@pytest.mark.parametrize("form", ["matmul", "plain"])
-@pytest.mark.parametrize("k_first", [True, False], ids=["as [k, n]", "as [n, k]"])
-@pytest.mark.parametrize("n", [768, 1536], ids=["parts of lines", "whole lines"])
 @pytest.mark.parametrize(
     "function, groups, cut, x_spec",
-    [(column_parallel, 2, "n", P("data")), (row_parallel, 16, "k", P("data", None, "model"))],
+    [(column_parallel, 2, "n", P("data")), (row_parallel, 8, "k", P("data", None, "model"))],
     ids=["column_parallel", "row_parallel"],
 )
-def test_each_device_finds_its_part_in_a_files_bytes(
-    function, groups, cut, x_spec, n, k_first, form, shape, monkeypatch
+@pytest.mark.parametrize("rows", [3, 40])
+def test_on_each_device_kernels_multiply_its_part_and_have_gradients(
+    function, groups, cut, x_spec, rows, monkeypatch
 ):
-    """Of one matrix of a stack, with few rows and with many; the same products and gradients as of
-    parts that lie by themselves, but for the order of sums."""
-    if form == "plain":
-        monkeypatch.setattr(linear, "matmul", plain_of_rows)
-    mesh, k = grokkit.make_mesh(*shape), 512
-    alone = make(mesh, k, n, groups, cut)
+    monkeypatch.setattr(cpu, "WORTH_IT", 1)
+    mesh, k, n = grokkit.make_mesh(2, 4), 512, 768
+    w = make(mesh, k, n, groups, cut)
     random = np.random.default_rng(0)
-    other = QuantizedArray(jnp.full((n, k), 77, jnp.int8), jnp.ones((groups, n), jnp.bfloat16))
-    host = jax.tree.map(lambda *both: jnp.asarray(np.stack(both)), other, jax.device_get(alone))
-    stored = in_a_file(host, k_first)
-    np.testing.assert_array_equal(dequantize(stored), dequantize(host))
-    stored = jax.tree.map(
-        lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
-        stored,
-        layout(stored, cut),
-    )
+    x, dy = (random.normal(size=(2, rows, m)).astype(np.float32) for m in (k, n))
 
     def weighted(x, w, dy):
         found = function(x, w, FLOAT32)
@@ -80,20 +65,9 @@ def test_each_device_finds_its_part_in_a_files_bytes(
 
     run = jax.jit(jax.value_and_grad(weighted, has_aux=True))
     with jax.set_mesh(mesh):
-        for rows in (3, 40):
-            x, dy = (random.normal(size=(2, rows, m)).astype(np.float32) for m in (k, n))
-            placed = jax.device_put(x, jax.NamedSharding(mesh, x_spec))
-            w = index(stored, jnp.int32(1))
-            (_, found), gradient = run(placed, w, dy)
-            (_, expected), its_gradient = run(placed, alone, dy)
-            assert relative_error(found, x.astype(np.float64) @ float64(alone)) < 1e-6
-            assert relative_error(found, expected) < 1e-6
-            assert relative_error(gradient, dy.astype(np.float64) @ float64(alone).T) < 1e-6
-            assert relative_error(gradient, its_gradient) < 1e-6
-            assert found.sharding == expected.sharding
-            assert gradient.sharding.is_equivalent_to(placed.sharding, 3)
-
-
-def plain_of_rows(x, w, dtype):
-    """The definition, as `matmul` is called."""
-    return plain(x.reshape(-1, x.shape[-1]), w, dtype).reshape(*x.shape[:-1], -1)
+        placed = jax.device_put(x, jax.NamedSharding(mesh, x_spec))
+        assert "grokkit_product" in run.lower(placed, w, dy).as_text()
+        (_, found), gradient = run(placed, w, dy)
+        assert relative_error(found, x.astype(np.float64) @ float64(w)) < 1e-6
+        assert relative_error(gradient, dy.astype(np.float64) @ float64(w).T) < 1e-6
+        assert gradient.sharding.is_equivalent_to(placed.sharding, 3)

@@ -18,7 +18,7 @@ class Int:
         self.value = I64(value) if isinstance(value, int) else value
 
     def _of(self, operation: str, other: Any) -> "Int":
-        right = self.code.int(other).value
+        right = self.code.integer(other).value
         return Int(self.code, getattr(self.code.builder, operation)(self.value, right))
 
     def __add__(self, other: Any) -> "Int":
@@ -35,10 +35,10 @@ class Int:
         return self._of("udiv", other)
 
     def __lt__(self, other: Any) -> Any:
-        return self.code.builder.icmp_signed("<", self.value, self.code.int(other).value)
+        return self.code.builder.icmp_signed("<", self.value, self.code.integer(other).value)
 
     def __eq__(self, other: object) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.code.builder.icmp_signed("==", self.value, self.code.int(other).value)
+        return self.code.builder.icmp_signed("==", self.value, self.code.integer(other).value)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -56,13 +56,13 @@ class Code:
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.arguments = [Int(self, a) for a in self.function.args]
 
-    def int(self, value: Any) -> Int:
+    def integer(self, value: Any) -> Int:
         """A constant, or the same integer."""
         return value if isinstance(value, Int) else Int(self, value)
 
     def call(self, function: ir.Function, *arguments: Any) -> None:
         """Call another function."""
-        self.builder.call(function, [self.int(a).value for a in arguments])
+        self.builder.call(function, [self.integer(a).value for a in arguments])
 
     def call_at(self, address: Int, argument: Int) -> None:
         """Call what is at an address with a pointer."""
@@ -82,13 +82,13 @@ class Code:
     def store_words(self, address: Int, *values: Any) -> None:
         """Write 64-bit integers, one after the other."""
         for i, value in enumerate(values):
-            self.store(self.int(value).value, address + 8 * i, 8)
+            self.store(self.integer(value).value, address + 8 * i, 8)
 
     def atomic(self, operation: str, address: Int, value: Any) -> Int:
         """Change the integer at an address in one step. **Returns:** what it was."""
         place = self._pointer(address, I64)
         return Int(
-            self, self.builder.atomic_rmw(operation, place, self.int(value).value, "seq_cst")
+            self, self.builder.atomic_rmw(operation, place, self.integer(value).value, "seq_cst")
         )
 
     def finish(self) -> ir.Function:
@@ -106,7 +106,7 @@ class Code:
 
     def number(self, address: Int, place: Any) -> Int:
         """The 32-bit integer so many places on."""
-        found = self.load(address + self.int(place) * 4, I32, 4)
+        found = self.load(address + self.integer(place) * 4, I32, 4)
         return Int(self, self.builder.sext(found, I64))
 
     def store(self, value: Any, address: Int, align: int = 1) -> None:
@@ -127,12 +127,12 @@ class Code:
 
     def least(self, a: Any, b: Any) -> Int:
         """The smaller of two integers."""
-        a, b = self.int(a), self.int(b)
+        a, b = self.integer(a), self.integer(b)
         return Int(self, self.builder.select(a < b, a.value, b.value))
 
     def most(self, a: Any, b: Any) -> Int:
         """The larger of two integers."""
-        a, b = self.int(a), self.int(b)
+        a, b = self.integer(a), self.integer(b)
         return Int(self, self.builder.select(a < b, b.value, a.value))
 
     def variable(self, start: Any) -> Any:
@@ -153,8 +153,8 @@ class Code:
     @contextlib.contextmanager
     def range(self, start: Any, stop: Any, step: Any = 1) -> Iterator[Int]:
         """A loop; its value is the index."""
-        builder, step = self.builder, self.int(step)
-        place = self.variable(self.int(start).value)
+        builder, step = self.builder, self.integer(step)
+        place = self.variable(self.integer(start).value)
         head, body, end = (self.function.append_basic_block(n) for n in ("head", "body", "end"))
         builder.branch(head)
         builder.position_at_end(head)
@@ -206,8 +206,9 @@ def widened(code: Code, halves: Any) -> Any:
 
 def multiply_add(code: Code, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once where the processor can."""
-    product = code.builder.fmul(a, b, flags=("contract",))
-    return code.builder.fadd(product, c, flags=("contract",))
+    builder: Any = code.builder
+    product = builder.fmul(a, b, flags=("contract",))
+    return builder.fadd(product, c, flags=("contract",))
 
 
 def add_lanes(code: Code, vector: Any) -> Any:

@@ -44,6 +44,7 @@ class Kernel(NamedTuple):
 
 PRODUCT_INT8, PRODUCT_FLOAT32, PRODUCT_BFLOAT16, SUMS_FLOAT32, SUMS_BFLOAT16, GEMM = range(6)
 """The kernels; the last only where the processor multiplies bfloat16 numbers in pairs."""
+SUMS = (SUMS_FLOAT32, SUMS_BFLOAT16)
 
 
 def write(module: ir.Module, lanes: int, has_pairs: bool) -> None:
@@ -79,10 +80,10 @@ def _share(code: Code, frame: Int, share: ir.Function, kernels: list[Kernel]) ->
     numbers, x, weight, scales, out = (code.word(buffer, _DATA) for buffer in buffers)
     n = code.word(code.word(buffers[-1], _SIZES), 1)
     threads, kind = code.number(numbers, THREADS), code.number(numbers, KIND)
-    unit = code.int(0)
+    unit = code.integer(0)
     for i, kernel in enumerate(kernels):
         unit = unit + Int(code, code.builder.select(kind == i, I64(kernel.unit), I64(0)))
-    pieces = code.least(threads * _PIECES, n // unit)
+    pieces = code.least(threads * _PIECES, code.most(n // unit, 1))
     work = code.words(sharing.SIZE)
     code.store_words(work, numbers, x, weight, scales, out, n, unit, pieces)
     code.call(share, work, pieces, threads, code.word(frame, _API), code.word(frame, _CONTEXT))
@@ -98,19 +99,19 @@ def _piece(module: ir.Module, kernels: list[Kernel]) -> ir.Function:
     first, last = units * which // pieces * unit, units * (which + 1) // pieces * unit
     last = Int(code, code.builder.select(which + 1 == pieces, n.value, last.value))
     for i, kernel in enumerate(kernels):
-        is_sum = i in (SUMS_FLOAT32, SUMS_BFLOAT16)
         with code.when(kind == i), code.range(0, matrices) as m:
             start, stop = code.number(numbers, m + STARTS), code.number(numbers, m + STARTS + 1)
             reach = code.number(numbers, matrices + m + STARTS + 1)
-            end = last if is_sum else code.least(last, code.most(reach, first + kernel.unit))
+            wanted = last if i in SUMS else code.least(last, code.most(reach, first))
+            end = code.least(last, code.most(wanted, first + kernel.unit))
             rows, to = stop - start, out + start * n * (4 * kernel.rows)
-            with code.when(start < stop):
+            with code.when(code.builder.and_(start < stop, first < wanted)):
                 code.call(
                     kernel.function, x + start * k * kernel.row_bytes,
                     weight + (place + m) * n * k * kernel.entry_bytes,
                     scales + (place + m) * groups * n * 2,
                     to, rows, first, end, k, groups, n, reach,
                 )  # fmt: skip
-            with code.range(0, rows * kernel.rows) as row, code.range(end, last) as output:
+            with code.range(0, rows * kernel.rows) as row, code.range(wanted, last) as output:
                 code.store(ir.Constant(F32, 0.0), to + (row * n + output) * 4, 4)
     return code.finish()

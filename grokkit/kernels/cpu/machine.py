@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from grokkit import compilation_cache
 from grokkit.kernels.cpu import handler
-from grokkit.runtime import files
+from grokkit.runtime import compiling, files
 
 _DIGEST_BYTES = 32
 
@@ -79,7 +79,8 @@ def machine_code() -> bytes:
             digest, code = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
             if digest == hashlib.sha256(code).digest():  # and no part of it is missing
                 return code
-    code = compile_kernels()
+    with compiling.notice("compiling kernels", kept=path is not None):
+        code = compile_kernels()
     if path is not None:
         with contextlib.suppress(OSError):
             files.write(path, hashlib.sha256(code).digest() + code)

@@ -45,7 +45,7 @@ def is_fit_for_sums(rows: int, n: int) -> bool:
 
 def product(
     x: Float[Array, "row k"],
-    starts: Int[Array, " matrix+1"],
+    starts: Int[Array, " start"],
     weight: Int8[Array, "*stack n k"],
     scales: BFloat16[Array, "*stack g n"],
     place: Int[Array, ""],
@@ -62,10 +62,11 @@ def product(
 
     **Returns:** the products, in float32.
     """
-    return _call(handler.PRODUCT_INT8, x, x.shape, starts, weight, place, scales)
+    rows, k = x.shape
+    return _call(handler.PRODUCT_INT8, x, rows, k, starts, weight, place, scales)
 
 
-def pack(x: Float[Array, "block*16 k"]) -> UInt32[Array, "block k/2 16"]:
+def pack(x: Float[Array, "row k"]) -> UInt32[Array, "block pair lane"]:
     """Round rows to bfloat16 and lay the pairs of `gemm.ROWS` of them side by side."""
     rows, k = x.shape
     pairs = x.astype(jnp.bfloat16).reshape(rows, k // 2, 2)
@@ -74,12 +75,12 @@ def pack(x: Float[Array, "block*16 k"]) -> UInt32[Array, "block k/2 16"]:
 
 
 def packed_product(
-    packed: UInt32[Array, "block k/2 16"],
-    starts: Int[Array, " matrix+1"],
+    packed: UInt32[Array, "block pair lane"],
+    starts: Int[Array, " start"],
     weight: Int8[Array, "*stack n k"],
     scales: BFloat16[Array, "*stack g n"],
     place: Int[Array, ""],
-) -> Float[Array, "block*16 n"]:
+) -> Float[Array, "row n"]:
     """`product` of rows in bfloat16 from `pack`, each block's for one matrix.
 
     **Arguments:** as there, but for
@@ -88,7 +89,7 @@ def packed_product(
         nothing is read, nor anything written.
     """
     blocks, half, rows = packed.shape
-    return _call(handler.GEMM, packed, (blocks * rows, 2 * half), starts, weight, place, scales)
+    return _call(handler.GEMM, packed, blocks * rows, 2 * half, starts, weight, place, scales)
 
 
 def float_products(
@@ -133,19 +134,18 @@ def _with_floats(kind: int, x: Array, reach: Array, weight: Array, place: Array)
     starts = rows * jnp.arange(matrices + 1, dtype=jnp.int32)
     kind += weight.dtype != jnp.float32
     n = weight.shape[-2] if kind < handler.SUMS_FLOAT32 else weight.shape[-1]
-    flat = x.reshape(-1, k)
-    found = _call(kind, flat, flat.shape, starts, weight, place, reach=reach, n=n)
+    flat, n_rows = x.reshape(-1, k), matrices * rows
+    found = _call(kind, flat, n_rows, k, starts, weight, place, reach=reach, n=n)
     return found.reshape(matrices, rows, n)
 
 
 def _call(
-    kind: int, x: Array, shape: tuple[int, int], starts: Array, weight: Array, place: Array,
+    kind: int, x: Array, rows: int, k: int, starts: Array, weight: Array, place: Array,
     scales: Array | None = None, reach: Array | None = None, n: int | None = None,
 ) -> Array:  # fmt: skip
-    """Call a kernel with `x`, which stands for rows of this shape."""
+    """Call a kernel with `x`, which stands for so many rows of k entries."""
     with _ONE_AT_A_TIME:  # two threads may compile programs at once
         machine.register()
-    rows, k = shape
     groups = 1 if scales is None else scales.shape[-2]
     n = weight.shape[-2] if n is None else n
     matrices = starts.shape[0] - 1
@@ -154,19 +154,25 @@ def _call(
     numbers = [kind, k, groups, place, n_threads, matrices, starts, reach]
     facts = jnp.concatenate([jnp.ravel(jnp.asarray(i, jnp.int32)) for i in numbers])
     bits = weight if scales is None else jax.lax.bitcast_convert_type(scales, jnp.uint16)
-    # Under `shard_map` what varies over the devices makes all else vary. Of whole numbers XLA knows
-    # that this is 0, so that nothing is added.
-    zero = sum((0 * _first_bits(a) for a in (x, bits)), jnp.uint32(0))
-    x = x + zero.astype(x.dtype)
+    x = varying(x, bits)
+    zero = _zero_of(x)
     result = jax.typeof(jnp.broadcast_to(zero.astype(jnp.float32), (rows, n)))
     call = jax.ffi.ffi_call(handler.NAME, result, vmap_method="sequential")
     return call(facts + zero.astype(jnp.int32), x, weight, bits)
 
 
-def _first_bits(a: Array) -> UInt32[Array, ""]:
-    first = a[(0,) * a.ndim]
+def varying(x: Array, like: Array) -> Array:
+    """`x`, of the type that `shard_map` wants of what is used with an array that differs between
+    devices: then so does the gradient of what it multiplies."""
+    return x + _zero_of(like).astype(x.dtype)
+
+
+def _zero_of(a: Array) -> UInt32[Array, ""]:
+    """A zero that varies as an array does. Of whole numbers XLA knows that it is 0, so that nothing
+    is added."""
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(first, width).astype(jnp.uint32)
+    first = jax.lax.bitcast_convert_type(a[(0,) * a.ndim], width)
+    return 0 * first.astype(jnp.uint32)
 
 
 def _threads(rows: int, entries: int) -> int:

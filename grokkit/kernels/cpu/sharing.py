@@ -29,7 +29,7 @@ def write(module: ir.Module, piece: ir.Function) -> ir.Function:
     `piece` takes the address of the product's words, and which piece.
     """
     kind = ir.ArrayType(I64, _WORK + SIZE)
-    state = ir.GlobalVariable(module, kind, "shared_work")
+    state: Any = ir.GlobalVariable(module, kind, "shared_work")
     state.linkage, state.initializer, state.align = "internal", ir.Constant(kind, None), 64
     let_others = ir.Function(module, ir.FunctionType(I32, []), "sched_yield")
     helper = _helper(module, state, piece, let_others)
@@ -38,7 +38,7 @@ def write(module: ir.Module, piece: ir.Function) -> ir.Function:
     work, pieces, threads, api, context = code.arguments
     at = code.address_of(state)
     is_mine = code.variable(ir.IntType(1)(0))
-    with code.when(code.builder.and_(code.int(1) < threads, code.int(1) < pieces)):
+    with code.when(code.builder.and_(code.integer(1) < threads, code.integer(1) < pieces)):
         code.set(is_mine, code.atomic("xchg", at + 8 * _BUSY, 1) == 0)
     with code.builder.if_else(code.get(is_mine)) as (together, alone):
         with alone, code.range(0, pieces) as i:
@@ -69,7 +69,7 @@ def _helper(
     at, asked = code.address_of(state), code.variable(I64(0))
     with code.repeat(lambda: Int(code, code.get(asked)) < _ASKS):
         code.set(asked, (Int(code, code.get(asked)) + 1).value)
-        with code.when(code.int(0) < code.atomic("add", at + 8 * _LEFT, 0)):
+        with code.when(code.integer(0) < code.atomic("add", at + 8 * _LEFT, 0)):
             code.set(asked, I64(0))
             _take_pieces(code, at, piece)
         code.builder.call(let_others, [])
@@ -79,8 +79,10 @@ def _helper(
 
 def _take_pieces(code: Code, at: Int, piece: ir.Function) -> None:
     """Run pieces of the present product until none is left."""
-    with code.repeat(lambda: code.int(0) < code.atomic("add", at + 8 * _LEFT, 0)):
+    with code.repeat(lambda: code.integer(0) < code.atomic("add", at + 8 * _LEFT, 0)):
         left = code.atomic("add", at + 8 * _LEFT, -1)
-        with code.when(code.int(0) < left):  # and so the product cannot end before this piece does
+        with code.when(
+            code.integer(0) < left
+        ):  # and so the product cannot end before this piece does
             code.call(piece, at + 8 * _WORK, left - 1)
             code.atomic("add", at + 8 * _DONE, 1)

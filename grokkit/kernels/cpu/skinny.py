@@ -43,7 +43,7 @@ def write(module: ir.Module, entry: int, lanes: int) -> ir.Function:
     tiles = [_tile(module, entry, lanes, rows) for rows in range(1, most + 1)]
     code = Code(module, f"skinny_{entry}", 11)
     x, weight, scales, out, rows, first, last, k, groups, n, _ = code.arguments
-    at_once = (code.int(_CACHED // OUTPUTS) // (k * BYTES[entry]) + 1) * OUTPUTS
+    at_once = (code.integer(_CACHED // OUTPUTS) // (k * BYTES[entry]) + 1) * OUTPUTS
     with code.range(first, last, at_once) as start:
         stop = code.least(start + at_once, last)
         with code.range(0, rows, most) as row:
