@@ -10,15 +10,15 @@ from types import ModuleType
 
 import jax
 
-WORTH_IT = 2**17
-"""Entries of a matrix from which a kernel is worth having, and a thread more is worth waking."""
+WORTH_IT = 2**12
+"""Entries of a matrix from which a kernel is worth having."""
 
 
 def kernels(entries: int) -> ModuleType | None:
     """`grokkit.kernels.cpu.product`, where matrices of so many entries gain by it.
 
-    It is loaded for those alone: a small model starts sooner without. Kernels are for the devices of
-    the mesh that is set, or else of JAX's default platform.
+    It is loaded when it is first asked for. Kernels are for the devices of the mesh that is set, or
+    else of JAX's default platform.
 
     **Returns:** the module; `None` if the devices are no CPUs, the system lacks what threads wait
     with, or the matrices are small.

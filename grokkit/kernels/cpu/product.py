@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt16, UInt32
 
-from grokkit.kernels.cpu import WORTH_IT, gemm, handler, machine, skinny, sums
+from grokkit.kernels.cpu import gemm, handler, machine, skinny, sums
 
 BLOCK = gemm.ROWS
 """Rows of a block of packed rows."""
 _FEW_FLOAT_ROWS = 16
 _MANY_ROWS = 24
 """Rows of a matrix from which they are packed, though part of a block may be empty."""
+_A_THREAD = 2**18
+"""Entries of the matrix that are worth waking one thread more for."""
 _ONE_AT_A_TIME = threading.Lock()
 
 _Floats = Float[Array, "*stack n k"] | UInt16[Array, "*stack n k"]
@@ -179,7 +181,7 @@ def _threads(rows: int, entries: int) -> int:
     """How many threads to cut a product over: the processor's, shared between devices."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else max(1, mesh.size // jax.process_count())
-    return max(1, min(cores() // devices, entries * -(-rows // 4) // WORTH_IT))
+    return max(1, min(cores() // devices, entries * -(-rows // 4) // _A_THREAD))
 
 
 def cores() -> int:

@@ -186,8 +186,8 @@ def test_cores_are_shared_between_devices(monkeypatch):
     monkeypatch.setattr(product, "cores", lambda: 16)
     large = 2**30
     assert product._threads(1, large) == 16
-    assert product._threads(4, cpu.WORTH_IT) == 1
-    assert product._threads(40, cpu.WORTH_IT) == 10
+    assert product._threads(4, product._A_THREAD) == 1
+    assert product._threads(40, product._A_THREAD) == 10
     for devices, threads in ((2, 8), (8, 2)):
         with jax.set_mesh(jax.make_mesh((devices,), ("model",))):
             assert product._threads(1, large) == threads
