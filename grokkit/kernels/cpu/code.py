@@ -153,18 +153,11 @@ class Code:
     @contextlib.contextmanager
     def range(self, start: Any, stop: Any, step: Any = 1) -> Iterator[Int]:
         """A loop; its value is the index."""
-        builder, step = self.builder, self.integer(step)
         place = self.variable(self.integer(start).value)
-        head, body, end = (self.function.append_basic_block(n) for n in ("head", "body", "end"))
-        builder.branch(head)
-        builder.position_at_end(head)
-        index = Int(self, builder.load(place))
-        builder.cbranch(index < stop, body, end)
-        builder.position_at_end(body)
-        yield index
-        builder.store((index + step).value, place)
-        builder.branch(head)
-        builder.position_at_end(end)
+        with self.repeat(lambda: Int(self, self.get(place)) < stop):
+            index = Int(self, self.get(place))
+            yield index
+            self.set(place, (index + step).value)
 
     @contextlib.contextmanager
     def repeat(self, condition: Callable[[], Any]) -> Iterator[None]:

@@ -43,11 +43,11 @@ class Kernel(NamedTuple):
 
 
 PRODUCT_INT8, PRODUCT_FLOAT32, PRODUCT_BFLOAT16, SUMS_FLOAT32, SUMS_BFLOAT16, GEMM = range(6)
-"""The kernels; the last only where the processor multiplies bfloat16 numbers in pairs."""
+"""The kernels; the last only where the processor multiplies pairs or tiles of bfloat16 numbers."""
 SUMS = (SUMS_FLOAT32, SUMS_BFLOAT16)
 
 
-def write(module: ir.Module, lanes: int, has_pairs: bool) -> None:
+def write(module: ir.Module, lanes: int, has_pairs: bool, has_tiles: bool) -> None:
     """Write all kernels, and `NAME`, by which XLA calls them."""
     kernels = [
         Kernel(skinny.write(module, e, lanes), 4, 1, skinny.BYTES[e], skinny.OUTPUTS)
@@ -57,7 +57,8 @@ def write(module: ir.Module, lanes: int, has_pairs: bool) -> None:
         for e in (skinny.FLOAT32, skinny.BFLOAT16)
     ]
     if has_pairs:
-        kernels.append(Kernel(gemm.write(module), 2 * gemm.ROWS, gemm.ROWS, 1, gemm.OUTPUTS))
+        product = gemm.write(module, has_tiles)
+        kernels.append(Kernel(product, 2 * gemm.ROWS, gemm.ROWS, 1, gemm.UNIT))
     share = sharing.write(module, _piece(module, kernels))
     code = Code(module, NAME, 1, is_public=True)
     (frame,) = code.arguments
