@@ -58,30 +58,24 @@ def target() -> Target:
 
 
 @functools.cache
-def register() -> Any:
-    """Make the kernels known to XLA, once; returns what must live as long as XLA may call them."""
+def register() -> None:
+    """Make the kernels known to XLA, once."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()  # for an instruction that is written by its name
-    engine = engine_of(machine_code())
-    announce(engine, handler.NAME)
-    return engine
+    tell_xla(handler.NAME, machine_code())
 
 
-def engine_of(code: bytes) -> Any:
-    """What runs an object file's functions."""
+def tell_xla(name: str, code: bytes) -> None:
+    """Tell XLA by what name it calls the kernels of an object file."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine
-
-
-def announce(engine: Any, name: str) -> None:
-    """Tell XLA by what name it calls an engine's kernels."""
+    address = engine.get_function_address(handler.NAME)
+    engine.detach()  # never freed: at the end a thread may still be on its way out
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype = ctypes.py_object
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    address = engine.get_function_address(handler.NAME)
     call = capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
     jax.ffi.register_ffi_target(name, call, platform="cpu", api_version=1)
 

@@ -352,15 +352,15 @@ def emulated(code, name, *operands):
 
 def test_the_product_of_tiles_by_emulated_instructions(monkeypatch):
     monkeypatch.setattr(tiles, "instruction", emulated)
+    monkeypatch.setattr(product, "_threads", lambda rows, entries: 1)  # there is one set of tiles
     lanes, matrices, k, n, rows = machine.target().lanes, 2, 320, 37, 90
     module = ir.Module("emulated")
     module.triple = llvm.get_default_triple()
     handler.write(module, lanes, has_pairs=True, has_tiles=True)
     machine.register()
-    engine = machine.engine_of(machine.compile_module(module))
     weight, scales = map(jnp.asarray, make(0, matrices, n, k, 2))
     x = normal(0, matrices * rows, k).astype(ml_dtypes.bfloat16).astype(np.float32)
-    machine.announce(engine, "emulated_product")
+    machine.tell_xla("emulated_product", machine.compile_module(module))
     monkeypatch.setattr(handler, "NAME", "emulated_product")
     starts = jnp.array([0, 6, 12])
     padded = np.zeros((matrices, 96, k), np.float32)
