@@ -54,6 +54,7 @@ class Code:
         self.function = ir.Function(module, kind, name)
         self.function.linkage = "" if is_public else "internal"
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.when = self.builder.if_then
         self.arguments = [Int(self, a) for a in self.function.args]
 
     def integer(self, value: Any) -> Int:
@@ -86,10 +87,8 @@ class Code:
 
     def atomic(self, operation: str, address: Int, value: Any) -> Int:
         """Change the integer at an address in one step. **Returns:** what it was."""
-        place = self._pointer(address, I64)
-        return Int(
-            self, self.builder.atomic_rmw(operation, place, self.integer(value).value, "seq_cst")
-        )
+        place, value = self._pointer(address, I64), self.integer(value).value
+        return Int(self, self.builder.atomic_rmw(operation, place, value, "seq_cst"))
 
     def finish(self) -> ir.Function:
         """End the function: it returns 0."""
@@ -118,9 +117,8 @@ class Code:
         pointer = I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         to_read, into_second_cache, data = I32(0), I32(2), I32(1)
-        place = self.builder.inttoptr(address.value, pointer)
-        function = intrinsic(self, "llvm.prefetch.p0", kind)
-        self.builder.call(function, [place, to_read, into_second_cache, data])
+        arguments = [self._pointer(address, I8), to_read, into_second_cache, data]
+        self.builder.call(intrinsic(self, "llvm.prefetch.p0", kind), arguments)
 
     def _pointer(self, address: Int, kind: ir.Type) -> Any:
         return self.builder.inttoptr(address.value, kind.as_pointer())
@@ -171,20 +169,19 @@ class Code:
         self.builder.branch(head)
         self.builder.position_at_end(end)
 
-    @contextlib.contextmanager
-    def when(self, condition: Any) -> Iterator[None]:
-        """Instructions that are run on a condition."""
-        with self.builder.if_then(condition):
-            yield
+    def call_one(self, count: Int, functions: list[ir.Function], *arguments: Any) -> None:
+        """Call the first, the second, ... of some functions."""
+        for i, function in enumerate(functions, start=1):
+            with self.when(count == i):
+                self.call(function, *arguments)
 
 
 def splat(code: Code, number: Any, lanes: int) -> Any:
     """The number in every lane of a vector."""
     none = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
     first = code.builder.insert_element(none, number, I32(0))
-    return code.builder.shuffle_vector(
-        first, none, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-    )
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return code.builder.shuffle_vector(first, none, zeros)
 
 
 def widened(code: Code, halves: Any) -> Any:

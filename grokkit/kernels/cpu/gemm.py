@@ -56,10 +56,8 @@ def write(module: ir.Module, has_tiles: bool) -> ir.Function:
                 with code.range(0, some, _BLOCKS) as b:
                     rows = x + ((block + b) * k + entry) * (2 * ROWS)
                     sums = totals + (output - start) * _TOTALS + b * (4 * ROWS)
-                    here = code.least(some - b, _BLOCKS)
-                    for count, function in enumerate(kernels, start=1):
-                        with code.when(here == count):
-                            code.call(function, rows, k, panel, panel_scales, sums, entries // 2)
+                    where = rows, k, panel, panel_scales, sums, entries // 2
+                    code.call_one(code.least(some - b, _BLOCKS), kernels, *where)
         with code.range(0, some * ROWS) as row, code.range(start, stop) as output:
             found = code.load(totals + (output - start) * _TOTALS + row * 4, F32, 4)
             code.store(found, out + ((block * ROWS + row) * n + output) * 4, 4)

@@ -29,17 +29,14 @@ _PIECES = 8  # for each thread, so that none waits long for another at the end
 
 
 class Kernel(NamedTuple):
-    """A function with the arguments of `skinny.write`'s, and what its arrays are."""
+    """A function with the arguments of `skinny.write`'s, which counts so many rows of `x` as one and
+    computes so many outputs at once; and the bytes of the entries of its arrays."""
 
     function: ir.Function
-    row_bytes: int
-    """Bytes of an entry of `x`, times rows that are counted as one."""
-    rows: int
-    """Rows that are counted as one."""
+    x_bytes: int
     entry_bytes: int
-    """Of the matrix."""
-    unit: int
-    """Outputs that are computed at once."""
+    outputs: int
+    rows: int = 1
 
 
 PRODUCT_INT8, PRODUCT_FLOAT32, PRODUCT_BFLOAT16, SUMS_FLOAT32, SUMS_BFLOAT16, GEMM = range(6)
@@ -49,16 +46,15 @@ SUMS = (SUMS_FLOAT32, SUMS_BFLOAT16)
 
 def write(module: ir.Module, lanes: int, has_pairs: bool, has_tiles: bool) -> None:
     """Write all kernels, and `NAME`, by which XLA calls them."""
-    kernels = [
-        Kernel(skinny.write(module, e, lanes), 4, 1, skinny.BYTES[e], skinny.OUTPUTS)
-        for e in (skinny.INT8, skinny.FLOAT32, skinny.BFLOAT16)
-    ] + [
-        Kernel(sums.write(module, e, lanes), 4, 1, skinny.BYTES[e], sums.VECTORS * lanes)
-        for e in (skinny.FLOAT32, skinny.BFLOAT16)
-    ]
+    kernels = []
+    for e in (skinny.INT8, skinny.FLOAT32, skinny.BFLOAT16):
+        function = skinny.write(module, e, lanes)
+        kernels.append(Kernel(function, 4, skinny.BYTES[e], skinny.OUTPUTS))
+    for e in (skinny.FLOAT32, skinny.BFLOAT16):
+        function = sums.write(module, e, lanes)
+        kernels.append(Kernel(function, 4, skinny.BYTES[e], sums.VECTORS * lanes))
     if has_pairs:
-        product = gemm.write(module, has_tiles)
-        kernels.append(Kernel(product, 2 * gemm.ROWS, gemm.ROWS, 1, gemm.UNIT))
+        kernels.append(Kernel(gemm.write(module, has_tiles), 2, 1, gemm.UNIT, gemm.ROWS))
     share = sharing.write(module, _piece(module, kernels))
     code = Code(module, NAME, 1, is_public=True)
     (frame,) = code.arguments
@@ -83,7 +79,7 @@ def _share(code: Code, frame: Int, share: ir.Function, kernels: list[Kernel]) ->
     threads, kind = code.number(numbers, THREADS), code.number(numbers, KIND)
     unit = code.integer(0)
     for i, kernel in enumerate(kernels):
-        unit = unit + Int(code, code.builder.select(kind == i, I64(kernel.unit), I64(0)))
+        unit = unit + Int(code, code.builder.select(kind == i, I64(kernel.outputs), I64(0)))
     pieces = code.least(threads * _PIECES, code.most(n // unit, 1))
     work = code.words(sharing.SIZE)
     code.store_words(work, numbers, x, weight, scales, out, n, unit, pieces)
@@ -104,11 +100,11 @@ def _piece(module: ir.Module, kernels: list[Kernel]) -> ir.Function:
             start, stop = code.number(numbers, m + STARTS), code.number(numbers, m + STARTS + 1)
             reach = code.number(numbers, matrices + m + STARTS + 1)
             wanted = last if i in SUMS else code.least(last, code.most(reach, first))
-            end = code.least(last, code.most(wanted, first + kernel.unit))
+            end = code.least(last, code.most(wanted, first + kernel.outputs))
             rows, to = stop - start, out + start * n * (4 * kernel.rows)
             with code.when(code.builder.and_(start < stop, first < wanted)):
                 code.call(
-                    kernel.function, x + start * k * kernel.row_bytes,
+                    kernel.function, x + start * k * (kernel.x_bytes * kernel.rows),
                     weight + (place + m) * n * k * kernel.entry_bytes,
                     scales + (place + m) * groups * n * 2,
                     to, rows, first, end, k, groups, n, reach,

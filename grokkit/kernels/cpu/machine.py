@@ -46,11 +46,8 @@ class Target(NamedTuple):
 
 @functools.cache
 def target() -> Target:
-    """The processor to compile for: this one, unless the environment names another.
-
-    The variables are Numba's: with `NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=` the kernels are
-    those of a processor without AVX-512.
-    """
+    """The processor to compile for: this one, unless the environment names another, by the variables
+    that Numba has for it: `NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=` is one without AVX-512."""
     host = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     name = os.environ.get("NUMBA_CPU_NAME") or host[0]
     usual = host[1] if name == host[0] else ""

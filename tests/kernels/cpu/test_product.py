@@ -59,7 +59,7 @@ def packed(x, counts, weight, scales, place):
     ).astype(int)
     padded = jnp.zeros((product.BLOCK * (sum(blocks) + 1), x.shape[1])).at[rows].set(x)
     starts = jnp.cumulative_sum(jnp.array(blocks), include_initial=True)
-    return product.packed_product(product.pack(padded), starts, weight, scales, place)[rows]
+    return product.product(product.pack(padded), starts, weight, scales, place)[rows]
 
 
 @functools.partial(jax.jit, static_argnames=("form", "counts"))
@@ -365,7 +365,7 @@ def test_the_product_of_tiles_by_emulated_instructions(monkeypatch):
     starts = jnp.array([0, 6, 12])
     padded = np.zeros((matrices, 96, k), np.float32)
     padded[:, :rows] = x.reshape(matrices, rows, k)
-    found = product.packed_product(
+    found = product.product(
         product.pack(jnp.asarray(padded.reshape(-1, k))), starts, weight, scales, jnp.int32(0)
     )
     expected, size = by_definition(x, [rows, rows], *map(np.asarray, (weight, scales)), 0)
