@@ -61,15 +61,13 @@ class Code:
         """A constant, or the same integer."""
         return value if isinstance(value, Int) else Int(self, value)
 
-    def call(self, function: ir.Function, *arguments: Any) -> None:
+    def call(self, function: Any, *arguments: Any) -> None:
         """Call another function."""
         self.builder.call(function, [self.integer(a).value for a in arguments])
 
-    def call_at(self, address: Int, argument: Int) -> None:
-        """Call what is at an address with a pointer."""
-        pointer = I8.as_pointer()
-        function = self._pointer(address, ir.FunctionType(pointer, [pointer]))
-        self.builder.call(function, [self.builder.inttoptr(argument.value, pointer)])
+    def function_at(self, address: Int, n_arguments: int) -> Any:
+        """A function of 64-bit integers, or of addresses."""
+        return self._pointer(address, ir.FunctionType(I64, [I64] * n_arguments))
 
     def address_of(self, thing: Any) -> Int:
         """Of a function, a global variable or a local one."""

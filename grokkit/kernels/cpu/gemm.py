@@ -17,8 +17,6 @@ ROWS = 16
 """Rows of a block: the lanes of a vector of 512 bits."""
 STEP = 32
 """Entries that are converted at a time: a group of scales is of a multiple of these."""
-UNIT = 16
-"""Outputs of which pieces of a product are made."""
 _BLOCKS = 4  # blocks of a tile
 _PANEL = 48  # outputs whose sums are kept while the entries are gone through
 _MOST = 16  # blocks of rows whose sums are kept

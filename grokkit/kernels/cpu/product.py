@@ -124,7 +124,7 @@ def _call(
     matrices = starts.shape[0] - 1
     reach = jnp.full(matrices, n) if reach is None else reach
     n_threads = _threads(rows, n * k)
-    numbers = [kind, k, groups, place, n_threads, matrices, starts, reach]
+    numbers = [kind, k, n, groups, place, n_threads, matrices, starts, reach]
     facts = jnp.concatenate([jnp.ravel(jnp.asarray(i, jnp.int32)) for i in numbers])
     bits = weight if scales is None else jax.lax.bitcast_convert_type(scales, jnp.uint16)
     x = varying(x, bits)

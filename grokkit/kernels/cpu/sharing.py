@@ -16,7 +16,7 @@ _LEFT, _DONE, _BUSY, _HELPERS, _WORK = 0, 16, 32, 48, 64
 """Places in the state, some apart so that threads do not wait for each other's cache lines: how
 many pieces nobody has taken, how many are done, whether there is a product, how many helpers are
 asked for or at work; and the product."""
-SIZE = 8
+SIZE = 6
 """Words that describe a product."""
 _ASKS = 500  # how often a helper asks in vain before it ends: some tenth of a millisecond
 _POOL_SCHEDULE = 17  # place in XLA_FFI_Api
@@ -52,7 +52,7 @@ def write(module: ir.Module, piece: ir.Function) -> ir.Function:
             wanted = threads - 1 - code.atomic("add", at + 8 * _HELPERS, 0)
             with code.range(0, wanted):
                 code.atomic("add", at + 8 * _HELPERS, 1)
-                code.call_at(code.word(api, _POOL_SCHEDULE), request)
+                code.call(code.function_at(code.word(api, _POOL_SCHEDULE), 1), request)
             _take_pieces(code, at, piece)
             with code.repeat(lambda: code.atomic("add", at + 8 * _DONE, 0) < pieces):
                 code.builder.call(wait, [])
