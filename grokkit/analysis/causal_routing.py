@@ -8,6 +8,7 @@ are rows of one batch. The result is exact: it equals a full forward pass with t
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -20,16 +21,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from grokkit.compiled import compiled
+from grokkit.abstract_model import Model
 from grokkit.config import GrokConfig
 from grokkit.edits import Edit, ForbidExperts, ForceExperts, Replace, resolve
 from grokkit.edits.routing import GatePolicy
 from grokkit.errors import GrokkitError, SiteError
 from grokkit.kv_cache import KVCache
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Grok
 from grokkit.processes import is_first, to_host
-from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Change
 
 
@@ -72,7 +71,7 @@ def next_token_losses(
     """
     ids, lengths = lm.prepare(tokens)
     with jax.set_mesh(lm.mesh):
-        losses = _losses(lm.runnable, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
+        losses = lm.runnable.run(_losses, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
     return np.where(_scored(lm, ids, lengths), to_host(losses), np.nan)
 
 
@@ -148,7 +147,7 @@ def forced_choices(
     sets = expert_sets(config)
     with jax.set_mesh(lm.mesh):
         empty = KVCache.empty(config, len(ids), ids.shape[1], lm.runnable.dtype, lm.mesh)
-        cache, clean = _prefill(lm.runnable, ids, lengths, empty)
+        cache, clean = lm.runnable.run(_prefill, ids, lengths, empty)
         clean = np.where(scored, to_host(clean), np.nan)
         loss = np.full((*scored.shape, len(wanted), len(sets)), np.nan)
         places = np.argwhere(scored)
@@ -162,8 +161,8 @@ def forced_choices(
                 full = np.minimum(np.arange(rows), n - 1)
                 on = np.asarray(wanted)[i_layer[full], None] == np.arange(config.n_layers)
                 edit = ForceExperts(sets[i_set[full], None], gates, layers=on)
-                found = _decode(
-                    lm.runnable, cache, batch[full], position[full], ids[batch, position][full],
+                found = lm.runnable.run(
+                    _decode, cache, batch[full], position[full], ids[batch, position][full],
                     ids[batch, position + 1][full], _on_mesh(lm, [edit], [1] * rows),
                 )  # fmt: skip
                 loss[batch, position, i_layer, i_set] = to_host(found)[:n]
@@ -246,7 +245,7 @@ def remove_experts(
         parts = []
         for start in range(0, len(ids), rows):
             taken = np.minimum(np.arange(start, start + rows), len(ids) - 1)
-            found = _losses(lm.runnable, ids[taken], lengths[taken],
+            found = lm.runnable.run(_losses, ids[taken], lengths[taken],
                             _on_mesh(lm, edits, lengths[taken].tolist()))  # fmt: skip
             parts.append(to_host(found)[: len(ids) - start])
         return np.where(scored, np.concatenate(parts), 0).sum(axis=1) / scored.sum(axis=1)
@@ -282,25 +281,23 @@ def _cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-@compiled()
-def _losses(
-    model: Grok | StreamedGrok, ids: Array, lengths: Array, edits: tuple[Change, ...]
-) -> Array:
+@jax.jit
+def _losses(model: Model, ids: Array, lengths: Array, edits: tuple[Change, ...]) -> Array:
     out = model(ids, lengths=lengths, edits=edits)
     return _cross_entropy(out.logits[:, :-1], ids[:, 1:])
 
 
-@compiled(donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def _prefill(
-    model: Grok | StreamedGrok, ids: Array, lengths: Array, cache: KVCache
+    model: Model, ids: Array, lengths: Array, cache: KVCache
 ) -> tuple[KVCache | None, Array]:
     out = model(ids, cache=cache, lengths=lengths)
     return out.cache, _cross_entropy(out.logits[:, :-1], ids[:, 1:])
 
 
-@compiled()
+@jax.jit
 def _decode(
-    model: Grok | StreamedGrok,
+    model: Model,
     cache: KVCache,
     sequence: Int[Array, " row"],
     position: Int[Array, " row"],
