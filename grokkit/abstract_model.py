@@ -1,25 +1,37 @@
 """What a model is to everything above it, whether its layers are in memory or on disk."""
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
+import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from grokkit.config import GrokConfig
+from grokkit.errors import PromptError
 from grokkit.kv_cache import KVCache
-from grokkit.layers.block import Block
+from grokkit.layers.block import Block, Rows
 from grokkit.layers.embedding import Embedding
-from grokkit.layers.ends import Ends
+from grokkit.layers.ends import Ends, enter, leave
 from grokkit.layers.rms_norm import RMSNorm
 from grokkit.taps import Capture, Change
 
 PREFILL_PART = 1024
 """Tokens of a long prompt that are run at once."""
+
+Step = Callable[[Any], tuple[Any, PyTree]]
+"""Takes a carry and calls a model; returns the next carry and what to keep."""
+Group = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Rows of tokens [batch, position], numbers [batch, position] for a `Read`, and how many tokens of
+each row are real [batch]."""
+Read = Callable[[Array, Array], Array]
+"""Takes logits [batch, position, vocab] and those positions' numbers; returns [batch, position]."""
 
 
 class Output(eqx.Module):
@@ -68,7 +80,6 @@ class Model(ABC):
         """The parts before and after the layers."""
         return Ends(self.embedding, self.final_norm, self.config, self.dtype)
 
-    @abstractmethod
     def __call__(
         self,
         tokens: Int[Array, "batch position"],
@@ -97,6 +108,29 @@ class Model(ABC):
 
         **Raises:** `PromptError` if the cache is known to have no room for `tokens`.
         """
+        if cache is not None:
+            check_room(cache, tokens.shape[1])
+        x, rows, before = enter(self.ends, tokens, cache, lengths, captures, edits)
+        if resume is not None:
+            assert cache is None and not captures, "resume goes with neither cache nor captures"
+        x, cache, within = self._run_layers(x, rows, cache, captures, edits, resume)
+        logits, after = leave(self.ends, x, rows, last_only, captures, edits)
+        if cache is not None:
+            length = rows.start + rows.counts
+            cache = dataclasses.replace(cache, visible=rows.visible, length=length, is_new=False)
+        return Output(logits, cache, within | before | after)
+
+    @abstractmethod
+    def _run_layers(
+        self,
+        x: Float[Array, "batch position d_model"],
+        rows: Rows,
+        cache: KVCache | None,
+        captures: tuple[Capture, ...],
+        edits: tuple[Change, ...],
+        resume: Resume | None,
+    ) -> tuple[Float[Array, "batch position d_model"], KVCache | None, dict[str, Any]]:
+        """The stream after all layers, the cache, and what was kept; `x` may be used up."""
 
     @abstractmethod
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -110,14 +144,8 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def repeat(
-        self, step: Callable[[Any], tuple[Any, PyTree]], carry: Any, n: int
-    ) -> tuple[Any, PyTree]:
+    def repeat(self, step: Step, carry: Any, n: int) -> tuple[Any, PyTree]:
         """`step` done `n` times, in a program.
-
-        **Arguments:**
-
-        - `step`: takes the carry and calls the model; returns the next carry and what to keep.
 
         **Returns:** the last carry, and what was kept, stacked.
         """
@@ -142,20 +170,12 @@ class Model(ABC):
         """Some arrays of one layer, those that `choose` takes from its tree."""
 
     @abstractmethod
-    def read_logits(
-        self,
-        groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        read: Callable[[Array, Array], Array],
-        mesh: Mesh,
-    ) -> Iterator[np.ndarray]:
+    def read_logits(self, groups: Sequence[Group], read: Read, mesh: Mesh) -> Iterator[np.ndarray]:
         """What a function makes of the logits of groups of rows, long rows in parts.
 
         **Arguments:**
 
-        - `groups`: of each the tokens [batch, position], numbers [batch, position] for `read`, and
-            how many of each row are real [batch].
-        - `read`: takes logits [batch, position, vocab] and those positions' numbers; returns
-            [batch, position].
+        - `groups`, `read`: see `Group` and `Read`.
         - `mesh`: where the model lies.
 
         **Returns:** for each group what `read` made [batch, position].
@@ -176,3 +196,17 @@ class Model(ABC):
     def read_rate(self) -> float:
         """Bytes a second at which it reads them, as measured."""
         return math.inf
+
+
+def check_room(cache: KVCache, n: int) -> None:
+    """Refuse tokens that would be written over others: writing beyond the end moves back.
+
+    **Raises:** `PromptError` if the cache is known to have no room for `n` more.
+    """
+    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
+    held = int(cache.length.max()) if known else 0
+    if held + n > cache.capacity:
+        raise PromptError(
+            f"cache: expected room for {n} more tokens, found {cache.capacity - held} of "
+            f"{cache.capacity} places free; make a cache of a larger capacity"
+        )

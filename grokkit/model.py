@@ -9,16 +9,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from grokkit.abstract_model import PREFILL_PART, Model, Output, Resume
+from grokkit.abstract_model import PREFILL_PART, Group, Model, Read, Resume, Step
 from grokkit.config import GrokConfig
-from grokkit.errors import ConfigError, PromptError
+from grokkit.errors import ConfigError
 from grokkit.kv_cache import KVCache
-from grokkit.layers.block import Block, Rows, run_block, with_tokens
+from grokkit.layers.block import Block, Rows
 from grokkit.layers.embedding import Embedding
 from grokkit.layers.rms_norm import RMSNorm
 from grokkit.processes import to_host
@@ -43,34 +42,10 @@ class Grok(Model, eqx.Module):
         """One layer, its 8-bit matrices left where they lie in the stacks."""
         return jax.tree.map(lambda w: index(w, layer), self.blocks, is_leaf=_is_quantised)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "batch position"],
-        *,
-        cache: KVCache | None = None,
-        lengths: Int[Array, " batch"] | None = None,
-        last_only: bool = False,
-        captures: tuple[Capture, ...] = (),
-        edits: tuple[Change, ...] = (),
-        resume: Resume | None = None,
-    ) -> Output:
-        if cache is not None:
-            check_room(cache, tokens.shape[1])
-        x, rows, before = self.ends.enter(tokens, cache, lengths, captures, edits)
-        if resume is None:
-            x, cache, within = self._run_blocks(x, rows, cache, captures, edits)
-        else:
-            assert cache is None and not captures, "resume goes with neither cache nor captures"
-            x, within = self._run_from(resume, rows, edits), {}
-        logits, after = self.ends.leave(x, rows, last_only, captures, edits)
-        return Output(logits, with_tokens(cache, rows), within | before | after)
-
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return program(self, *args, **kwargs)
 
-    def repeat(
-        self, step: Callable[[Any], tuple[Any, PyTree]], carry: Any, n: int
-    ) -> tuple[Any, PyTree]:
+    def repeat(self, step: Step, carry: Any, n: int) -> tuple[Any, PyTree]:
         return jax.lax.scan(lambda carry, _: step(carry), carry, length=n)
 
     def layers(
@@ -83,12 +58,7 @@ class Grok(Model, eqx.Module):
     def part(self, layer: int, choose: Callable[[Block], PyTree]) -> PyTree:
         return _entry(choose(self.blocks), jnp.int32(layer))
 
-    def read_logits(
-        self,
-        groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        read: Callable[[Array, Array], Array],
-        mesh: Mesh,
-    ) -> Iterator[np.ndarray]:
+    def read_logits(self, groups: Sequence[Group], read: Read, mesh: Mesh) -> Iterator[np.ndarray]:
         for tokens, numbers, lengths in groups:
             pieces, (batch, n) = [], tokens.shape
             cache = KVCache.empty(self.config, batch, n, self.dtype, mesh)
@@ -114,16 +84,18 @@ class Grok(Model, eqx.Module):
             return NotImplemented
         return subtree_renderer(release(self), path=path)
 
-    def _run_blocks(
+    def _run_layers(
         self,
         x: Array,
         rows: Rows,
         cache: KVCache | None,
         captures: tuple[Capture, ...],
         edits: tuple[Change, ...],
+        resume: Resume | None,
     ) -> tuple[Array, KVCache | None, dict[str, Any]]:
         """Scan over the layers; captures of some layers only are written to buffers as they come."""
-
+        if resume is not None:
+            return self._run_from(resume, rows, edits), None, {}
         stacks, rest = eqx.partition(self.blocks, _is_quantised, is_leaf=_is_quantised)
 
         def run(carry, xs):
@@ -131,39 +103,33 @@ class Grok(Model, eqx.Module):
             rest, layer = xs
             slots = jax.tree.map(lambda q: index(q, layer), stacks, is_leaf=_is_quantised)
             block = eqx.combine(slots, rest, is_leaf=_is_slot)
-            x, cache, captured = run_block(
-                block, x, rows, cache, layer, self.dtype, captures, edits
-            )
+            x, cache, captured = block(x, rows, cache, layer, self.dtype, captures, edits)
             return (x, cache), captured
 
-        layers = jnp.arange(self.config.n_layers)
-        some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
-        xs = (rest, layers)
-        if not some:
-            (x, cache), captured = jax.lax.scan(run, (x, cache), xs)
-            return x, cache, captured
-
-        def run_some(carry, xs):
+        def run_and_store(carry, xs):
             carry, buffers = carry
             carry, captured = run(carry, xs)
             buffers = {
-                key: _store(buffers[key], captured[key], wanted, xs[1])
+                key: _store(buffers[key], captured.pop(key), wanted, xs[1])
                 for key, wanted in some.items()
             }
-            rest = {key: value for key, value in captured.items() if key not in some}
-            return (carry, buffers), rest
+            return (carry, buffers), captured
 
-        first = jax.tree.map(lambda a: a[0], xs)
-        shapes = jax.eval_shape(run, (x, cache), first)[1]
-        buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
-        ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
+        xs = (rest, jnp.arange(self.config.n_layers))
+        some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
+        buffers = {}
+        if some:
+            shapes = jax.eval_shape(run, (x, cache), jax.tree.map(lambda a: a[0], xs))[1]
+            buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
+        carry = ((x, cache), buffers)
+        ((x, cache), buffers), captured = jax.lax.scan(run_and_store, carry, xs)
         return x, cache, captured | buffers
 
     def _run_from(self, resume: Resume, rows: Rows, edits: tuple[Change, ...]) -> Array:
         """The layers from one on, in a loop of as many turns as there are."""
 
         def run(layer: Array, x: Array) -> Array:
-            return run_block(self.block(layer), x, rows, None, layer, self.dtype, (), edits)[0]
+            return self.block(layer)(x, rows, None, layer, self.dtype, (), edits)[0]
 
         x = jax.reshard(resume.resid_pre, P("data", None, None))
         return jax.lax.fori_loop(resume.layer, self.config.n_layers, run, x)
@@ -176,7 +142,7 @@ def _read_part(
     tokens: Int[Array, "batch position"],
     numbers: Int[Array, "batch position"],
     counts: Int[Array, " batch"],
-    read: Callable[[Array, Array], Array],
+    read: Read,
 ) -> tuple[KVCache, Array]:
     """Feed `tokens`, of which so many are real; what `read` makes of their logits."""
     out = model(tokens, cache=cache, lengths=counts)
@@ -232,20 +198,6 @@ def _store(
         return jax.lax.dynamic_update_index_in_dim(b, new, slot, 0)
 
     return jax.tree.map(store, buffer, value)
-
-
-def check_room(cache: KVCache, n: int) -> None:
-    """Refuse tokens that would be written over others: writing beyond the end moves back.
-
-    **Raises:** `PromptError` if the cache is known to have no room for `n` more.
-    """
-    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
-    held = int(cache.length.max()) if known else 0
-    if held + n > cache.capacity:
-        raise PromptError(
-            f"cache: expected room for {n} more tokens, found {cache.capacity - held} of "
-            f"{cache.capacity} places free; make a cache of a larger capacity"
-        )
 
 
 def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:

@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm.auto import tqdm
 
-from grokkit.abstract_model import PREFILL_PART, Model, Output, Resume
+from grokkit.abstract_model import PREFILL_PART, Group, Model, Read, Resume, Step
 from grokkit.checkpoint import Checkpoint, fingerprint
 from grokkit.checkpoint.loading import load_planned, plan_params
 from grokkit.checkpoint.streaming import LayerReader
 from grokkit.kv_cache import KVCache
-from grokkit.layers.block import Block, Rows, run_layer, with_tokens
-from grokkit.layers.ends import Ends, enter, leave
-from grokkit.model import Grok, check_room
+from grokkit.layers.block import Block, Rows, run_layer
+from grokkit.layers.ends import Ends, enter
+from grokkit.model import Grok
 from grokkit.processes import to_host
 from grokkit.sharding import abstract
 from grokkit.taps import Capture, Change
@@ -64,32 +64,21 @@ class StreamedGrok(Model):
         self.config, self.dtype = ends.config, ends.dtype
         self.progress = progress
 
-    def __call__(
+    def _run_layers(
         self,
-        tokens: Int[Array, "batch position"],
-        *,
-        cache: KVCache | None = None,
-        lengths: Int[Array, " batch"] | None = None,
-        last_only: bool = False,
-        captures: tuple[Capture, ...] = (),
-        edits: tuple[Change, ...] = (),
-        resume: Resume | None = None,
-    ) -> Output:
-        """A pass over all layers; see `Model.__call__`. `cache` is used up: go on with the result's.
-
-        Long prompts that go into a cache go through each layer in parts, so that memory does not
-        grow with their length.
-        """
-        tokens = jnp.asarray(tokens)
-        if cache is not None:
-            check_room(cache, tokens.shape[1])
-        x, rows, before = enter(self.ends, tokens, cache, lengths, captures, edits)
+        x: Array,
+        rows: Rows,
+        cache: KVCache | None,
+        captures: tuple[Capture, ...],
+        edits: tuple[Change, ...],
+        resume: Resume | None,
+    ) -> tuple[Array, KVCache | None, dict[str, Any]]:
+        """A pass, which uses stream and cache up. Long prompts that go into a cache go through each
+        layer in parts, so that memory does not grow with their length."""
         first = 0
         if resume is not None:
-            assert cache is None and not captures, "resume goes with neither cache nor captures"
             x, first = jax.reshard(resume.resid_pre, P("data", None, None)), int(resume.layer)
         parts = _cut(x, rows, whole=cache is None or bool(captures))
-        del x
         found: dict[str, dict[int, Any]] = {}
 
         def run(block: Block, layer: int) -> Array:
@@ -102,9 +91,7 @@ class StreamedGrok(Model):
 
         self._each_layer(run, first)
         x = parts[0][0] if len(parts) == 1 else jnp.concatenate([part for part, _ in parts], 1)
-        logits, after = leave(self.ends, x, rows, last_only, captures, edits)
-        within = {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
-        return Output(logits, with_tokens(cache, rows), within | before | after)
+        return x, cache, {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
 
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = jax.tree.map(
@@ -113,9 +100,7 @@ class StreamedGrok(Model):
         plain: Any = program  # which the type checker does not know to have this
         return plain.__wrapped__(self, *args, **kwargs)
 
-    def repeat(
-        self, step: Callable[[Any], tuple[Any, PyTree]], carry: Any, n: int
-    ) -> tuple[Any, PyTree]:
+    def repeat(self, step: Step, carry: Any, n: int) -> tuple[Any, PyTree]:
         kept = []
         for _ in range(n):
             carry, out = step(carry)
@@ -130,12 +115,7 @@ class StreamedGrok(Model):
     def part(self, layer: int, choose: Callable[[Block], PyTree]) -> PyTree:
         return self.reader.part(layer, choose)
 
-    def read_logits(
-        self,
-        groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        read: Callable[[Array, Array], Array],
-        mesh: Mesh,
-    ) -> Iterator[np.ndarray]:
+    def read_logits(self, groups: Sequence[Group], read: Read, mesh: Mesh) -> Iterator[np.ndarray]:
         """See `Model.read_logits`. All groups share the pass: one after the other goes through a
         layer, with keys and values of that layer alone."""
         one_layer = dataclasses.replace(self.config, n_layers=1)
@@ -149,13 +129,12 @@ class StreamedGrok(Model):
         for tokens, _, lengths in on_rows:
             x, rows, _ = enter(self.ends, tokens, empty(tokens), lengths, (), ())
             streams.append(_cut(x, rows, whole=False))
-            del x
 
         def run(block: Block, layer: int) -> Array | None:
             ended = None
             for (tokens, *_), parts in zip(on_rows, streams, strict=True):
                 jax.block_until_ready(ended)  # one group's activations at a time
-                _, ended, _ = self._run_parts(block, 0, parts, empty(tokens), (), ())
+                _, ended, _ = self._run_parts(block, 0, parts, empty(tokens))
             return ended
 
         self._each_layer(run)
@@ -202,8 +181,8 @@ class StreamedGrok(Model):
         layer: int,
         parts: _Parts,
         cache: KVCache | None,
-        captures: tuple[Capture, ...],
-        edits: tuple[Change, ...],
+        captures: tuple[Capture, ...] = (),
+        edits: tuple[Change, ...] = (),
     ) -> tuple[KVCache | None, Array, dict[str, Any]]:
         """Take the stream through a layer, each part into the place of the one that came. Each takes
         the cache of the one before, so that the last one ends last.
@@ -229,19 +208,20 @@ def _read(
     x: Array,
     rows: Rows,
     numbers: Int[Array, "batch position"],
-    read: Callable[[Array, Array], Array],
+    read: Read,
 ) -> Array:
     return read(ends.leave(x, rows, False, (), ())[0], numbers)
 
 
 def _cut(x: Float[Array, "batch position d_model"], rows: Rows, whole: bool) -> _Parts:
+    """The stream in parts; it is used up."""
     n = x.shape[1]
     if whole or n <= PREFILL_PART:
         return [(x, rows)]
-    return [
-        (x[:, part], dataclasses.replace(rows, positions=rows.positions[:, part]))
-        for part in (slice(start, start + PREFILL_PART) for start in range(0, n, PREFILL_PART))
-    ]
+    slices = [slice(start, start + PREFILL_PART) for start in range(0, n, PREFILL_PART)]
+    parts = [(x[:, s], dataclasses.replace(rows, positions=rows.positions[:, s])) for s in slices]
+    x.delete()
+    return parts
 
 
 def _stack(capture: Capture, found: dict[int, PyTree]) -> PyTree:

@@ -26,15 +26,19 @@ from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
 from grokkit.edits import Add, resolve, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.layers.block import Block, Rows, run_block
+from grokkit.layers.block import Block, Rows
 from grokkit.layers.ends import Ends, enter
 from grokkit.processes import is_first, to_host
+from grokkit.taps import Capture
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
 plain function is part of the compiled program; of an `eqx.Module` the arrays are inputs, so that
 other values compile nothing. A metric whose attribute `last_only` is true gets the logits of the
 last position alone, as one position, which saves making the others."""
+
+_LEAVING = Capture("resid_post", layers=-1, name="leaving")
+"""The stream after the last layer."""
 
 __all__ = [
     "Experts", "Grid", "Heads", "LogitDifference", "Metric", "Positions", "Sweep",
@@ -190,8 +194,8 @@ def attribution_patch(
     edit = Add(grid.perturbed, np.zeros(site_shape(grid.perturbed, lm.config, 1, n), np.float32))
     (edit,) = _on_every_device(lm, resolve([edit], lm.config, lengths))
     with jax.set_mesh(lm.mesh):
-        streams = (runs.clean if at == "clean" else runs.corrupted)["resid_pre"]
-        gradient = _gradient(lm, ids, lengths, edit, metric, streams)
+        run = runs.clean if at == "clean" else runs.corrupted
+        gradient = _gradient(lm, ids, lengths, edit, metric, run)
     clean_value, corrupted_value = values
     estimate = np.float32(corrupted_value) + grid.project(gradient[:, 0], runs)
     return Sweep(estimate, clean_value, corrupted_value, grid.perturbed, grid.axis)
@@ -226,7 +230,7 @@ def _gradient(
     lengths: np.ndarray,
     edit: Add,
     metric: Metric,
-    streams: Float[np.ndarray, "layer position d_model"],
+    run: dict[str, np.ndarray],
 ) -> np.ndarray:
     """Derivative of the first row's metric by what is added at a site, from the last layer to the
     first.
@@ -235,15 +239,18 @@ def _gradient(
     taken back to what enters it. So little is kept, and layers may come from disk.
     """
     model, layout = lm.runnable, NamedSharding(lm.mesh, P("data"))
+
+    def on_rows(stream: Float[np.ndarray, "position d_model"]) -> Array:
+        return jax.device_put(np.repeat(stream[None], len(ids), axis=0), layout)
+
     _, rows, _ = enter(model.ends, ids, None, lengths, (), ())
-    pulled, found, layer = None, [], lm.config.n_layers
+    pulled = _of_metric(model.ends, on_rows(run[_LEAVING.key][0]), rows, metric)
+    found, layer = [], lm.config.n_layers
     with closing(model.layers(backwards=True)) as blocks:
         for block in blocks:
             layer -= 1
-            x = jax.device_put(np.repeat(streams[layer, None], len(ids), axis=0), layout)
-            pulled, of_layer = _pull(
-                block, model.ends, x, pulled, rows, jnp.int32(layer), edit, metric
-            )
+            x = on_rows(run["resid_pre"][layer])
+            pulled, of_layer = _pull(block, x, pulled, rows, jnp.int32(layer), model.dtype, edit)
             found.append(to_host(of_layer))
             jax.block_until_ready(pulled)
             del block
@@ -251,28 +258,27 @@ def _gradient(
 
 
 @eqx.filter_jit
-def _pull(
-    block: Block,
-    ends: Ends,
-    x: Array,
-    pulled: Array | None,
-    rows: Rows,
-    layer: Array,
-    edit: Add,
-    metric: Metric,
-) -> tuple[Array, Array]:
-    """The derivative by the stream that leaves a layer, as ones by what enters it and by what the
-    edit adds; of the last layer, if `pulled` is None."""
+def _of_metric(ends: Ends, x: Array, rows: Rows, metric: Metric) -> Array:
+    """Derivative of the first row's metric by the stream after the last layer."""
 
-    def value(x: Array, added: Array) -> Array:
-        moved = eqx.tree_at(lambda e: e.value, edit, added)
-        x, _, _ = run_block(block, x, rows, None, layer, ends.dtype, (), (moved,))
-        if pulled is not None:
-            return jnp.sum(pulled * x)  # whose derivative by x it is
+    def value(x: Array) -> Array:
         logits, _ = ends.leave(x, rows, _last_only(metric), (), ())
         return _of_logits(metric, logits)[0]
 
-    return jax.grad(value, argnums=(0, 1))(x, edit.value)
+    return jax.grad(value)(x)
+
+
+@eqx.filter_jit
+def _pull(
+    block: Block, x: Array, pulled: Array, rows: Rows, layer: Array, dtype: Any, edit: Add
+) -> tuple[Array, Array]:
+    """A derivative by what leaves a layer, as ones by what enters it and by what is added in it."""
+
+    def leaving(x: Array, added: Array) -> Array:
+        moved = eqx.tree_at(lambda e: e.value, edit, added)
+        return block(x, rows, None, layer, dtype, (), (moved,))[0]
+
+    return jax.vjp(leaving, x, edit.value)[1](pulled)
 
 
 def _both_runs(
@@ -286,16 +292,17 @@ def _both_runs(
             f"{ids[0].shape[1]} and {ids[1].shape[1]}; positions could not be matched"
         )
     sites = list(dict.fromkeys(("resid_pre", *grid.sites)))
+    names = [*sites, _LEAVING.key]
     kept, values = [], []
     for row in ids:
         tiled = np.repeat(row, lm.mesh.shape["data"], axis=0)
-        logits, cache = lm.run_with_cache(tiled, sites)
+        logits, cache = lm.run_with_cache(tiled, [*sites, _LEAVING])
         value = np.asarray(metric(jnp.asarray(to_host(logits[:1]))))
         if value.shape != (1,):
             raise PromptError(f"metric: expected one number for each row, shape (1,) for 1 row, "
                               f"found shape {value.shape}")  # fmt: skip
         values.append(float(value[0]))
-        kept.append({name: to_host(cache[name][:, 0]) for name in sites})
+        kept.append({name: to_host(cache[name][:, 0]) for name in names})
     n = ids[0].shape[1]
     return Runs(lm.config, n, *kept), ids[1], (values[0], values[1])
 

@@ -1,6 +1,5 @@
 """A decoder layer, and what it needs to know of the tokens that pass through it."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,6 +14,19 @@ from grokkit.layers.attention import Attention
 from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
 from grokkit.taps import Capture, Change, Tap
+
+
+class Rows(eqx.Module):
+    """What the layers need to know of the tokens of a pass."""
+
+    positions: Int[Array, "batch position"]
+    """Absolute position of each token."""
+    visible: Bool[Array, "batch key"]
+    """Which keys may be attended to, by absolute position."""
+    start: Int[Array, " batch"]
+    """Tokens before these, in the cache."""
+    counts: Int[Array, " batch"]
+    """How many of each row's tokens are real."""
 
 
 class Block(eqx.Module):
@@ -36,58 +48,32 @@ class Block(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "batch position d_model"],
-        positions: Int[Array, "batch position"],
-        visible: Bool[Array, "batch key"],
+        rows: Rows,
         cache: KVCache | None,
         layer: Int[Array, ""],
         dtype: Any,
-        tap: Tap,
-    ) -> tuple[Float[Array, "batch position d_model"], KVCache | None]:
-        """Pass the stream through the layer; arguments as in `Attention.__call__`."""
+        captures: tuple[Capture, ...] = (),
+        edits: tuple[Change, ...] = (),
+    ) -> tuple[Float[Array, "batch position d_model"], KVCache | None, dict[str, Any]]:
+        """Pass the stream through the layer.
+
+        **Arguments:** as in `Attention.__call__`, and
+
+        - `captures`, `edits`: what to keep and what to change.
+
+        **Returns:** the stream, the cache, and what was kept.
+        """
+        tap = Tap(captures, edits, layer, rows.positions)
         x = tap("resid_pre", x)
         attn_in = tap("attn_in", self.attn_norm(x))
-        attn_out, cache = self.attention(attn_in, positions, visible, cache, layer, dtype, tap)
+        attn_out, cache = self.attention(
+            attn_in, rows.positions, rows.visible, cache, layer, dtype, tap
+        )
         x = tap("resid_mid", x + tap("attn_out", self.attn_out_norm(attn_out)))
         moe_in = tap("moe_in", self.moe_norm(x))
         moe_out = self.moe(moe_in, dtype, tap)
-        return tap("resid_post", x + tap("moe_out", self.moe_out_norm(moe_out))), cache
-
-
-class Rows(eqx.Module):
-    """What the layers need to know of the tokens of a pass."""
-
-    positions: Int[Array, "batch position"]
-    """Absolute position of each token."""
-    visible: Bool[Array, "batch key"]
-    """Which keys may be attended to, by absolute position."""
-    start: Int[Array, " batch"]
-    """Tokens before these, in the cache."""
-    counts: Int[Array, " batch"]
-    """How many of each row's tokens are real."""
-
-
-def run_block(
-    block: Block,
-    x: Float[Array, "batch position d_model"],
-    rows: Rows,
-    cache: KVCache | None,
-    layer: Int[Array, ""],
-    dtype: Any,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[Float[Array, "batch position d_model"], KVCache | None, dict[str, Any]]:
-    """One layer under its own tap. **Returns:** the stream, the cache, and what was kept."""
-    tap = Tap(captures, edits, layer, rows.positions)
-    x, cache = block(x, rows.positions, rows.visible, cache, layer, dtype, tap)
-    return x, cache, tap.captured
-
-
-def with_tokens(cache: KVCache | None, rows: Rows) -> KVCache | None:
-    """The cache with a pass's tokens counted, once all layers have written theirs."""
-    if cache is None:
-        return None
-    length = rows.start + rows.counts
-    return dataclasses.replace(cache, visible=rows.visible, length=length, is_new=False)
+        x = tap("resid_post", x + tap("moe_out", self.moe_out_norm(moe_out)))
+        return x, cache, tap.captured
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "captures"), donate_argnames=("x", "cache"))
@@ -98,12 +84,12 @@ def run_layer(
     cache: KVCache | None,
     layer: Int[Array, ""],
     dtype: Any,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
+    captures: tuple[Capture, ...] = (),
+    edits: tuple[Change, ...] = (),
 ) -> tuple[Float[Array, "batch position d_model"], KVCache | None, Array, dict[str, Any]]:
-    """`run_block`, compiled; stream and cache are used up. Before the captures it returns a few
-    numbers that nobody uses up: when they are there, it has ended."""
-    x, cache, kept = run_block(block, x, rows, cache, layer, dtype, captures, edits)
+    """A layer, compiled; stream and cache are used up. Before the captures it returns a few numbers
+    that nobody uses up: when they are there, it has ended."""
+    x, cache, kept = block(x, rows, cache, layer, dtype, captures, edits)
     stream = P("data", None, None)
     ended = jax.shard_map(lambda x: x[:1, :1, :1], in_specs=stream, out_specs=stream)(x)
     return x, cache, ended, kept

@@ -67,7 +67,7 @@ class Ends(eqx.Module):
         return logits, tap.captured
 
 
-enter = jax.jit(Ends.enter, static_argnames=("captures",))
-"""`Ends.enter`, compiled."""
-leave = jax.jit(Ends.leave, static_argnames=("last_only", "captures"))
-"""`Ends.leave`, compiled."""
+enter = jax.jit(Ends.enter, static_argnames=("captures",), inline=True)
+"""`Ends.enter`, compiled; in a compiled function it is no function of its own."""
+leave = jax.jit(Ends.leave, static_argnames=("last_only", "captures"), inline=True)
+"""`Ends.leave`, likewise."""
