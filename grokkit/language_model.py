@@ -223,7 +223,7 @@ class LanguageModel:
         """
         ids, lengths = self.prepare(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
-        resolved = self._resolve(edits, lengths.tolist())
+        resolved = self.resolve(edits, lengths.tolist())
         path = Path(directory).expanduser().absolute()
         return capturing.capture_to(
             self.runnable, self.mesh, path, ids, lengths, wanted, resolved, rows, progress
@@ -252,7 +252,7 @@ class LanguageModel:
         captures: tuple[Capture, ...],
         edits: Sequence[Edit],
     ) -> Output:
-        resolved = self._resolve(edits, lengths.tolist())
+        resolved = self.resolve(edits, lengths.tolist())
         with jax.set_mesh(self.mesh):
             return release(self.runnable.run(_forward, ids, lengths, captures, resolved))
 
@@ -405,13 +405,13 @@ class LanguageModel:
         recorder = GenerationRecorder(captures, self.config, lengths) if captures else None
         rounds = generate_tokens(
             self.runnable, self.mesh, ids, max_len, sampling, captures=captures,
-            edits=self._resolve(edits, lengths),
+            edits=self.resolve(edits, lengths),
         )  # fmt: skip
         new, fed = collect(rounds, len(ids), max_len, self.config.eos_token, recorder)
         texts = [continuation(self.tokenizer, p, n) for p, n in zip(ids, new, strict=True)]
         return texts, None if recorder is None else recorder.cache(fed)
 
-    def _resolve(self, edits: Sequence[Edit], lengths: Sequence[int]) -> tuple[Change, ...]:
+    def resolve(self, edits: Sequence[Edit], lengths: Sequence[int]) -> tuple[Change, ...]:
         """Edits checked, as masks and whole on every device."""
         if not edits:
             return ()
@@ -447,6 +447,6 @@ class LanguageModel:
         copies = [ids] * self.mesh.shape["data"]
         rounds = generate_tokens(
             self.runnable, self.mesh, copies, max_len, sampling, block=1,
-            edits=self._resolve(edits, [len(ids)] * len(copies)),
+            edits=self.resolve(edits, [len(ids)] * len(copies)),
         )  # fmt: skip
         return stream(rounds, ids, self.tokenizer, self.config.eos_token)

@@ -204,11 +204,7 @@ class StreamedGrok(Model):
 
 @functools.partial(jax.jit, static_argnames=("read",))
 def _read(
-    ends: Ends,
-    x: Array,
-    rows: Rows,
-    numbers: Int[Array, "batch position"],
-    read: Read,
+    ends: Ends, x: Array, rows: Rows, numbers: Int[Array, "batch position"], read: Read
 ) -> Array:
     return read(ends.leave(x, rows, False, (), ())[0], numbers)
 

@@ -16,14 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
 from grokkit.abstract_model import Model
 from grokkit.config import GrokConfig
-from grokkit.edits import Edit, ForbidExperts, ForceExperts, Replace, resolve
+from grokkit.edits import Edit, ForbidExperts, ForceExperts, Replace
 from grokkit.edits.routing import GatePolicy
 from grokkit.errors import GrokkitError, SiteError
 from grokkit.kv_cache import KVCache
@@ -71,7 +70,7 @@ def next_token_losses(
     """
     ids, lengths = lm.prepare(tokens)
     with jax.set_mesh(lm.mesh):
-        losses = lm.runnable.run(_losses, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
+        losses = lm.runnable.run(_losses, ids, lengths, lm.resolve(edits, lengths.tolist()))
     return np.where(_scored(lm, ids, lengths), to_host(losses), np.nan)
 
 
@@ -139,10 +138,7 @@ def forced_choices(
         scored = scored & positions
     if not scored.any():
         raise GrokkitError("no position is left whose next token could be predicted")
-    n_data = lm.mesh.shape["data"]
-    if rows < 1 or rows % n_data:
-        raise GrokkitError(f"rows must be a positive multiple of the mesh's {n_data} 'data' "
-                           f"devices, found {rows}")  # fmt: skip
+    _check_rows(lm, rows)
 
     sets = expert_sets(config)
     with jax.set_mesh(lm.mesh):
@@ -163,7 +159,7 @@ def forced_choices(
                 edit = ForceExperts(sets[i_set[full], None], gates, layers=on)
                 found = lm.runnable.run(
                     _decode, cache, batch[full], position[full], ids[batch, position][full],
-                    ids[batch, position + 1][full], _on_mesh(lm, [edit], [1] * rows),
+                    ids[batch, position + 1][full], lm.resolve([edit], [1] * rows),
                 )  # fmt: skip
                 loss[batch, position, i_layer, i_set] = to_host(found)[:n]
                 bar.update(n)
@@ -233,10 +229,7 @@ def remove_experts(
     if method not in ("forbid", "zero"):
         raise GrokkitError(f"method must be 'forbid' or 'zero', found {method!r}")
     ids, lengths = lm.prepare(tokens)
-    n_data = lm.mesh.shape["data"]
-    if rows < 1 or rows % n_data:
-        raise GrokkitError(f"rows must be a positive multiple of the mesh's {n_data} 'data' "
-                           f"devices, found {rows}")  # fmt: skip
+    _check_rows(lm, rows)
     scored = _scored(lm, ids, lengths)
     if not scored.any(axis=1).all():
         raise GrokkitError("every sequence needs at least two tokens that are no pads")
@@ -246,7 +239,7 @@ def remove_experts(
         for start in range(0, len(ids), rows):
             taken = np.minimum(np.arange(start, start + rows), len(ids) - 1)
             found = lm.runnable.run(_losses, ids[taken], lengths[taken],
-                            _on_mesh(lm, edits, lengths[taken].tolist()))  # fmt: skip
+                            lm.resolve(edits, lengths[taken].tolist()))  # fmt: skip
             parts.append(to_host(found)[: len(ids) - start])
         return np.where(scored, np.concatenate(parts), 0).sum(axis=1) / scored.sum(axis=1)
 
@@ -337,6 +330,13 @@ def _scored(lm: LanguageModel, ids: np.ndarray, lengths: np.ndarray) -> np.ndarr
     return real[:, :-1] & real[:, 1:]
 
 
+def _check_rows(lm: LanguageModel, rows: int) -> None:
+    n_data = lm.mesh.shape["data"]
+    if rows < 1 or rows % n_data:
+        raise GrokkitError(f"rows must be a positive multiple of the mesh's {n_data} 'data' "
+                           f"devices, found {rows}")  # fmt: skip
+
+
 def _layers(config: GrokConfig, layers: Sequence[int] | None) -> tuple[int, ...]:
     wanted = range(config.n_layers) if layers is None else layers
     if len(wanted) == 0:
@@ -346,14 +346,6 @@ def _layers(config: GrokConfig, layers: Sequence[int] | None) -> tuple[int, ...]
             raise SiteError(f"layers: there is no {i}; there are {config.n_layers}, 0 to "
                             f"{config.n_layers - 1}")  # fmt: skip
     return tuple(int(i) % config.n_layers for i in wanted)
-
-
-def _on_mesh(
-    lm: LanguageModel, edits: Sequence[Edit], lengths: Sequence[int]
-) -> tuple[Change, ...]:
-    """Edits checked, as masks and whole on every device."""
-    resolved = resolve(edits, lm.config, lengths)
-    return jax.device_put(resolved, NamedSharding(lm.mesh, P())) if edits else ()
 
 
 def _chunks(

@@ -18,18 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from grokkit.abstract_model import Model, Resume
 from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
-from grokkit.edits import Add, resolve, site_shape
+from grokkit.edits import Add, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
 from grokkit.layers.block import Block, Rows
 from grokkit.layers.ends import Ends, enter
 from grokkit.processes import is_first, to_host
-from grokkit.taps import Capture
+from grokkit.taps import Capture, Change
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
@@ -148,7 +148,7 @@ def patch(
             # The last chunk repeats its last case, to keep one shape.
             chunk = np.minimum(np.arange(start, start + rows), len(cases) - 1)
             edit = grid.edit(runs, layers[chunk], cases[chunk])
-            edits = _on_every_device(lm, resolve([edit], lm.config, lengths))
+            edits = lm.resolve([edit], lengths.tolist())
             # Below the chunk's first layer its rows are the corrupted run.
             first = layers[start]
             stream = np.repeat(runs.corrupted["resid_pre"][first, None], rows, axis=0)
@@ -192,7 +192,7 @@ def attribution_patch(
     lengths = np.full(len(ids), runs.n_positions, np.int32)
     n = runs.n_positions
     edit = Add(grid.perturbed, np.zeros(site_shape(grid.perturbed, lm.config, 1, n), np.float32))
-    (edit,) = _on_every_device(lm, resolve([edit], lm.config, lengths))
+    (edit,) = lm.resolve([edit], lengths.tolist())
     with jax.set_mesh(lm.mesh):
         run = runs.clean if at == "clean" else runs.corrupted
         gradient = _gradient(lm, ids, lengths, edit, metric, run)
@@ -228,7 +228,7 @@ def _gradient(
     lm: LanguageModel,
     ids: np.ndarray,
     lengths: np.ndarray,
-    edit: Add,
+    edit: Change,
     metric: Metric,
     run: dict[str, np.ndarray],
 ) -> np.ndarray:
@@ -270,7 +270,7 @@ def _of_metric(ends: Ends, x: Array, rows: Rows, metric: Metric) -> Array:
 
 @eqx.filter_jit
 def _pull(
-    block: Block, x: Array, pulled: Array, rows: Rows, layer: Array, dtype: Any, edit: Add
+    block: Block, x: Array, pulled: Array, rows: Rows, layer: Array, dtype: Any, edit: Any
 ) -> tuple[Array, Array]:
     """A derivative by what leaves a layer, as ones by what enters it and by what is added in it."""
 
@@ -328,7 +328,3 @@ def _rows(lm: LanguageModel, n_positions: int, n_cases: int, rows: int | None) -
     chunks = -(-n_cases // rows)
     data = lm.mesh.shape["data"]
     return -(-n_cases // (chunks * data)) * data
-
-
-def _on_every_device(lm: LanguageModel, tree: PyTree) -> PyTree:
-    return jax.device_put(tree, NamedSharding(lm.mesh, P()))
