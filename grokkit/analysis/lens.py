@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from grokkit.errors import GrokkitError, PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Ends
+from grokkit.layers.ends import Ends
 from grokkit.numerics import einsum32
 from grokkit.processes import is_first, to_host
 from grokkit.taps import SITES, Capture

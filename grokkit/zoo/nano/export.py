@@ -13,10 +13,11 @@ from grokkit.checkpoint.saving import save_params
 from grokkit.config import GrokConfig
 from grokkit.errors import GrokkitError
 from grokkit.layers.attention import Attention
+from grokkit.layers.block import Block
 from grokkit.layers.embedding import Embedding
 from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
-from grokkit.model import Block, Grok
+from grokkit.model import Grok
 from grokkit.quant import quantize
 from grokkit.zoo.nano.data import TOKENIZER_FILE
 from grokkit.zoo.nano.recipe import Recipe
