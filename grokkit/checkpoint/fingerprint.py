@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from grokkit.checkpoint.manifest import read_manifest, sha256
 from grokkit.checkpoint.official import Checkpoint, Entry
-from grokkit.checkpoint.tensor_file import StackedTensors, TensorFile
+from grokkit.checkpoint.progress import byte_bar
+from grokkit.checkpoint.tensor_file import StackedTensors
 
 _PLACES = 16  # looked at in each array
 _SAMPLE = 4096  # bytes of each
@@ -42,9 +39,11 @@ def fingerprint(checkpoint: Checkpoint, whole: bool = False, progress: bool = Fa
             digest.update(f"{entry.key.name} {entry.file} {entry.file.k_last}\n".encode())
             digest.update(sampled)
         if whole:
-            files = dict(item for entry in checkpoint for item in entry.file.files.items())
-            for of_file in _with_bar(pool.map(sha256, files), files, progress):
-                digest.update(of_file.encode())
+            files = checkpoint.files
+            with byte_bar("comparing", sum(files.values()), progress) as bar:
+                for of_file, size in zip(pool.map(sha256, files), files.values(), strict=True):
+                    digest.update(of_file.encode())
+                    bar.update(size)
     return digest.hexdigest()
 
 
@@ -52,27 +51,12 @@ def _sampled(entry: Entry) -> bytes:
     """SHA-256 of the samples of an entry's arrays."""
     digest, file = hashlib.sha256(), entry.file
     for part in file.parts if isinstance(file, StackedTensors) else (file,):
-        _sample(part, digest)
+        with part.reading() as read:
+            for span in part.spans:
+                size = min(_SAMPLE, span.nbytes)
+                buffer = bytearray(size)
+                last = span.nbytes - size
+                for start in sorted({i * last // (_PLACES - 1) for i in range(_PLACES)}):
+                    read([memoryview(buffer)], size, span.offset + start)
+                    digest.update(buffer)
     return digest.digest()
-
-
-def _sample(file: TensorFile, digest: "hashlib._Hash") -> None:
-    with file.reading() as read:
-        for span in file.spans:
-            size = min(_SAMPLE, span.nbytes)
-            buffer = bytearray(size)
-            for start in sorted(
-                {i * (span.nbytes - size) // (_PLACES - 1) for i in range(_PLACES)}
-            ):
-                read([memoryview(buffer)], size, span.offset + start)
-                digest.update(buffer)
-
-
-def _with_bar(digests: Iterable[str], files: dict[Path, int], progress: bool) -> Iterator[str]:
-    """The digests, and a bar that moves on with each."""
-    with tqdm(
-        total=sum(files.values()), unit="B", unit_scale=True, desc="comparing", disable=not progress
-    ) as bar:
-        for digest, size in zip(digests, files.values(), strict=True):
-            yield digest
-            bar.update(size)

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
+from jaxtyping import Shaped
 
 from grokkit.checkpoint.manifest import check_digests, read_manifest
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import INT8
+from grokkit.checkpoint.progress import byte_bar
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
 
@@ -79,15 +82,15 @@ def find_non_finite(checkpoint: Checkpoint, progress: bool = True) -> list[NonFi
         if span is not None and span.dtype not in (INT8, INT4)
     ]
     found = []
-    with tqdm(
-        total=sum(span.nbytes for _, _, span in jobs),
-        unit="B",
-        unit_scale=True,
-        desc=f"checking {checkpoint.directory.name}",
-        disable=not progress,
-    ) as bar:
+    total = sum(span.nbytes for _, _, span in jobs)
+    with byte_bar(f"checking {checkpoint.directory.name}", total, progress) as bar:
         for entry, what, span in jobs:
-            count, first = _count(entry, span)
+            count, first = 0, 0
+            for start, chunk in _chunks(entry.file, span):
+                bad = ~np.isfinite(chunk)
+                if bad.any():
+                    first = first if count else start + int(np.argmax(bad))
+                    count += int(np.count_nonzero(bad))
             if count:
                 index = tuple(map(int, np.unravel_index(first, span.shape)))
                 found.append(NonFinite(entry, what, count, index))
@@ -95,27 +98,14 @@ def find_non_finite(checkpoint: Checkpoint, progress: bool = True) -> list[NonFi
     return found
 
 
-def _count(entry: Entry, span: ArraySpan) -> tuple[int, int]:
-    """How many entries are not finite, and the flat index of the first."""
-    file = entry.file
-    if isinstance(file, StackedTensors):
-        count, first = 0, -1
-        for i, part in enumerate(file.parts):
-            more, place = _count_in(part, part.weight)
-            if more and first < 0:
-                first = i * math.prod(part.weight.shape) + place
-            count += more
-        return count, first
-    return _count_in(file, span)
-
-
-def _count_in(file: TensorFile, span: ArraySpan) -> tuple[int, int]:
-    flat: np.ndarray = file.open(dataclasses.replace(span, shape=(math.prod(span.shape),)))  # type: ignore[assignment]
-    count, first = 0, -1
-    for start in range(0, len(flat), _CHUNK):
-        bad = ~np.isfinite(flat[start : start + _CHUNK])
-        if bad.any():
-            if first < 0:
-                first = start + int(np.argmax(bad))
-            count += int(np.count_nonzero(bad))
-    return count, first
+def _chunks(
+    file: TensorFile | StackedTensors, span: ArraySpan
+) -> Iterator[tuple[int, Shaped[np.ndarray, " n"]]]:
+    """A floating-point array's entries in order, with the number of each chunk's first."""
+    parts = file.parts if isinstance(file, StackedTensors) else (file,)
+    n = math.prod(span.shape) // len(parts)
+    for i, part in enumerate(parts):
+        place = span if part is file else part.weight
+        flat: Any = part.open(dataclasses.replace(place, shape=(n,)))
+        for start in range(0, n, _CHUNK):
+            yield i * n + start, flat[start : start + _CHUNK]

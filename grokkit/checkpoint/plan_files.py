@@ -1,22 +1,22 @@
 """Which files a conversion writes, piece by piece, before any of them is there."""
 
-import collections
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from grokkit.checkpoint.dialect import (
     FORMAT,
     Storage,
-    array_name,
     metadata,
     stored_arrays,
 )
 from grokkit.checkpoint.matrices import Chunks, Conversion, stored_as
 from grokkit.checkpoint.names import TensorKey
 from grokkit.checkpoint.official import FOLDER, Checkpoint
-from grokkit.checkpoint.pickle_layout import Slot, layout
+from grokkit.checkpoint.pickle_layout import layout
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.safetensors_file import encode_header
@@ -52,6 +52,16 @@ class PlannedFile:
     def size(self) -> int:
         """Bytes it will have."""
         return sum(p.nbytes if isinstance(p, Piece) else len(p) for p in self.pieces)
+
+    def content(self) -> Iterator[tuple[str, memoryview]]:
+        """Its bytes in order, in parts, each with the name of its array."""
+        for piece in self.pieces:
+            if isinstance(piece, bytes):
+                yield "the header", memoryview(piece)
+            else:
+                for chunk in piece.chunks():
+                    flat: Any = np.ascontiguousarray(chunk).reshape(-1)
+                    yield piece.name, flat.view(np.uint8).data
 
 
 def choose_storages(
@@ -123,26 +133,22 @@ def plan_files(
     - `shard_bytes`: most bytes of a safetensors file; one parameter is never divided.
     """
     if to == "official":
-        return [_official(Conversion(e, storages[e.key.path], False)) for e in checkpoint]
+        return [_official(Conversion(e, storages[e.key.path], k_last=False)) for e in checkpoint]
+    chosen = [(entry, storages[entry.key.path]) for entry in checkpoint]
+    conversions = [Conversion(e, s, k_last=s.groups is not None) for e, s in chosen]
     # In the order of use: a pass through the model reads the files from the first to the last.
-    entries = sorted(checkpoint, key=lambda e: (_place(e.key), e.key.index))
-    sizes = {e.key.index: _nbytes(e.key, storages[e.key.path]) for e in entries}
-    layers = collections.Counter[int]()
-    for entry in entries:
-        layers[_place(entry.key)] += sizes[entry.key.index]
-    shards: list[list[Conversion]] = [[]]
-    room, place = shard_bytes, None
-    for entry in entries:
-        key, storage = entry.key, storages[entry.key.path]
+    conversions.sort(key=lambda c: (_place(c), c.entry.key.index))
+    shards: list[list[Conversion]] = []
+    room = -1
+    for _, found in itertools.groupby(conversions, _place):
+        layer = list(found)
         # A layer that fits in one file is not spread over two.
-        together = layers[_place(key)]
-        begins = _place(key) != place and together <= shard_bytes
-        if shards[-1] and (together if begins else sizes[key.index]) > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(Conversion(entry, storage, k_last=storage.groups is not None))
-        room -= sizes[key.index]
-        place = _place(key)
+        for part in [layer] if _nbytes(layer) <= shard_bytes else [[c] for c in layer]:
+            if _nbytes(part) > room or not shards:
+                shards.append([])
+                room = shard_bytes
+            shards[-1] += part
+            room -= _nbytes(part)
     notes = metadata(checkpoint.config, storages)
     return [
         _shard(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard, notes)
@@ -150,22 +156,24 @@ def plan_files(
     ]
 
 
-def _nbytes(key: TensorKey, storage: Storage) -> int:
-    return sum(ArraySpan(d, s, 0).nbytes for d, s in stored_arrays(key, storage).values())
-
-
-def _place(key: TensorKey) -> int:
+def _place(conversion: Conversion) -> int:
+    key = conversion.entry.key
     if key.path == "embedding.weight":
         return -1
     return 1 << 30 if key.layer is None else key.layer
 
 
+def _nbytes(conversions: list[Conversion]) -> int:
+    arrays = [a for c in conversions for a in stored_arrays(c.entry.key, c.storage).values()]
+    return sum(ArraySpan(dtype, shape, 0).nbytes for dtype, shape in arrays)
+
+
 def _official(conversion: Conversion) -> PlannedFile:
     key = conversion.entry.key
     scales = None if key.scales_shape is None else (key.scales_shape, BFLOAT16)
-    arrays = [conversion.weight_chunks, conversion.scales_chunks]
+    arrays = iter([conversion.weight_chunks, conversion.scales_chunks])
     pieces = tuple(
-        Piece(key.name, piece.nbytes, arrays[piece.number]) if isinstance(piece, Slot) else piece
+        piece if isinstance(piece, bytes) else Piece(key.name, piece.nbytes, next(arrays))
         for piece in layout((key.shape, key.dtype), scales)
     )
     return PlannedFile(f"{FOLDER}/{key.file_name}", pieces)
@@ -173,14 +181,10 @@ def _official(conversion: Conversion) -> PlannedFile:
 
 def _shard(name: str, conversions: list[Conversion], notes: dict[str, str]) -> PlannedFile:
     arrays: list[tuple[str, np.dtype, tuple[int, ...], Callable[[], Chunks]]] = []
-    for conversion in conversions:
-        weights = array_name(conversion.entry.key)
-        for array, (dtype, shape) in stored_arrays(
-            conversion.entry.key, conversion.storage
-        ).items():
-            is_scales = conversion.storage.groups is not None and array == f"{weights}.scales"
-            chunks = conversion.scales_chunks if is_scales else conversion.weight_chunks
-            arrays.append((array, dtype, shape, chunks))
+    for c in conversions:
+        stored = stored_arrays(c.entry.key, c.storage)
+        chunks = [c.scales_chunks, c.weight_chunks] if len(stored) == 2 else [c.weight_chunks]
+        arrays += [(n, *a, of_it) for (n, a), of_it in zip(stored.items(), chunks, strict=True)]
     # Larger entries first, so that each array begins at a multiple of its entries' size.
     arrays.sort(key=lambda a: -a[1].itemsize)
     header = encode_header({a[0]: (a[1], a[2]) for a in arrays}, notes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,4 +63,16 @@ def check_target(
             "a new or empty directory",
             f"{len(list(target.iterdir()))} entries in it" if target.is_dir() else "a file",
             remedy,
+        )
+
+
+def check_space(directory: Path, n_bytes: int) -> None:
+    """**Raises:** `CheckpointError` if the disk of `directory` has less space than that."""
+    free = shutil.disk_usage(directory).free
+    if free < n_bytes:
+        raise refusal(
+            directory,
+            f"{n_bytes:,} bytes free",
+            f"{free:,}",
+            f"free {n_bytes - free:,} bytes, or choose another disk",
         )

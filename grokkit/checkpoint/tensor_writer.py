@@ -1,18 +1,15 @@
 """Writes one official tensor file, byte for byte as the original's pickler would."""
 
-import contextlib
 import os
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Shaped
 
-from grokkit.checkpoint.pickle_layout import SUPPORTED_DTYPES, Slot, layout, layout_size
-from grokkit.checkpoint.pickle_objects import BFLOAT16, INT8, MAX_NDIM
+from grokkit.checkpoint.pickle_layout import layout, layout_size
+from grokkit.checkpoint.pickle_objects import BFLOAT16, INT8, MAX_NDIM, SUPPORTED_DTYPES
 from grokkit.checkpoint.refusal import refusal
+from grokkit.runtime import files
 
 _LARGEST_DIMENSION = (1 << 31) - 1
 
@@ -51,28 +48,14 @@ def write_tensor(
     """
     _check(path, weight, scales)
     arrays = [weight] if scales is None else [weight, scales]
-    pieces = layout(
-        (weight.shape, weight.dtype), None if scales is None else (scales.shape, scales.dtype)
-    )
-    with atomic_file(Path(path)) as file:
+    of_scales = None if scales is None else (scales.shape, scales.dtype)
+    pieces = layout((weight.shape, weight.dtype), of_scales)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         for piece in pieces:
-            if isinstance(piece, Slot):
-                _write_array(file, arrays[piece.number])
-            else:
+            if isinstance(piece, bytes):
                 file.write(piece)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` when it is complete, and not at all on any error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            else:
+                _write_array(file, arrays.pop(0))
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
