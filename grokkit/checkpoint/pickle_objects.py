@@ -42,13 +42,14 @@ GLOBALS = {g: g for g in (RECONSTRUCT, NDARRAY, DTYPE, BFLOAT16_TYPE, QUANTIZED)
 """The globals that a file may name, and what they mean: numpy 2 has another name for one."""
 GLOBALS[Global("numpy._core.multiarray", "_reconstruct")] = RECONSTRUCT
 
-# numpy's first argument and state for each dtype, as it pickles them.
-_DTYPES: dict[np.dtype, tuple[str | Global, tuple[Any, ...]]] = {
-    FLOAT32: ("f4", (3, "<", None, None, None, -1, -1, 0)),
-    INT8: ("i1", (3, "|", None, None, None, -1, -1, 0)),
-    BFLOAT16: (BFLOAT16_TYPE, (3, "<", None, None, None, 2, 2, 64)),
-}
-SUPPORTED_DTYPES = tuple(_DTYPES)
+# Each dtype, with its first argument and its state as numpy pickles them. No dict: a dtype's hash
+# changes when somebody unpickles one.
+_DTYPES: tuple[tuple[np.dtype, str | Global, tuple[Any, ...]], ...] = (
+    (FLOAT32, "f4", (3, "<", None, None, None, -1, -1, 0)),
+    (INT8, "i1", (3, "|", None, None, None, -1, -1, 0)),
+    (BFLOAT16, BFLOAT16_TYPE, (3, "<", None, None, None, 2, 2, 64)),
+)
+SUPPORTED_DTYPES = tuple(dtype for dtype, _, _ in _DTYPES)
 _KINDS = {RECONSTRUCT: "an array", DTYPE: "a dtype", QUANTIZED: "a quantised weight"}
 # Bits of the state's last entry that concern how Python reads an item, and differ between ml_dtypes
 # releases (NEEDS_PYAPI, USE_GETITEM, USE_SETITEM). The others mean objects or pointers.
@@ -94,7 +95,7 @@ class QuantizedNote:
 
 def array_object(shape: tuple[int, ...], dtype: np.dtype, reconstruct: Global) -> Object:
     """An array as numpy's `__reduce__` describes it to the pickler."""
-    code, state = _DTYPES[dtype]
+    code, state = next((code, state) for known, code, state in _DTYPES if known == dtype)
     payload = Payload(math.prod(shape) * dtype.itemsize)
     of_dtype = Object(DTYPE, (code, False, True), state)
     return Object(reconstruct, (NDARRAY, (0,), b"b"), (1, shape, of_dtype, False, payload))
@@ -147,8 +148,7 @@ def _array(value: Any, expected: str = "an array") -> ArrayNote:
 def _dtype(value: Any) -> np.dtype:
     if not (isinstance(value, Object) and value.maker is DTYPE):
         raise Refused("a dtype", describe(value))
-    dtype = dtype_of(value.arguments)
-    *expected, _ = _DTYPES[dtype][1]
+    dtype, (*expected, _) = dtype_of(value.arguments)
     match value.state:
         case (_, ">", *_):
             raise Refused(
@@ -164,16 +164,16 @@ def _dtype(value: Any) -> np.dtype:
     )
 
 
-def dtype_of(arguments: Any) -> np.dtype:
-    """The dtype that `numpy.dtype(*arguments)` is, if it is one of the three.
+def dtype_of(arguments: Any) -> tuple[np.dtype, tuple[Any, ...]]:
+    """The dtype that `numpy.dtype(*arguments)` is, if it is one of the three, and its state.
 
     **Raises:** `Refused` for others.
     """
     match arguments:
         case (code, False, True):
-            for dtype, (known, _) in _DTYPES.items():
+            for dtype, known, state in _DTYPES:
                 if code == known:
-                    return dtype
+                    return dtype, state
             found = f"dtype {describe(code)}"
         case _:
             found = f"a dtype of {describe(arguments)}"
@@ -194,5 +194,7 @@ def describe(value: Any, deep: bool = True) -> str:
             return f"({inner}{', ...' if len(value) > 8 else ''})"
         case tuple() | dict():
             return f"a {type(value).__name__} of {len(value)}"
-        case _:
+        case None | bool() | int() | str():
             return ascii(value)
+        case _:
+            return "the start of a group"

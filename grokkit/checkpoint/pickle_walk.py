@@ -37,8 +37,10 @@ MAX_OPCODES = 512
 
 _NAMES = {o.code.encode("latin-1"): o.name for o in pickletools.opcodes}
 _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
-_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-_PAYLOADS = {b"C": 1, b"B": 4, b"\x8e": 8}  # and the bytes of their lengths
+_UNSIGNED = {b"K": 1, b"M": 2}  # and how many bytes their numbers have
+_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}  # and how many values they have
+_PAYLOADS = {b"C": 1, b"B": 4, b"\x8e": 8}  # and how many bytes their lengths have
+_MARK = object()
 _HOSTILE = f"the file may try to run a program; {DOWNLOAD_AGAIN}"
 
 
@@ -64,7 +66,6 @@ class _Machine:
         self.position = 0
         self.frame_end: int | None = None
         self.stack: list[Any] = []
-        self.marks: list[int] = []
         self.memo: list[Any] = []
 
     def run(self) -> Any:
@@ -82,9 +83,8 @@ class _Machine:
                 self.step(opcode)
             except Refused as e:
                 raise Refused(e.expected, f"{e.found} (at byte {start:,})", e.remedy) from None
-        raise Refused(
-            f"one tensor, in at most {MAX_OPCODES} pickle instructions", "more instructions"
-        )
+        expected = f"one tensor, in at most {MAX_OPCODES} pickle instructions"
+        raise Refused(expected, "more instructions")
 
     def result(self) -> Any:
         if self.position != self.size:
@@ -95,7 +95,7 @@ class _Machine:
             )
         if self.frame_end not in (None, self.position):
             raise Refused(f"a pickle frame up to byte {self.frame_end:,}", "the end of the pickle")
-        if len(self.stack) != 1 or self.marks:
+        if len(self.stack) != 1:
             found = ", ".join(describe(value, deep=False) for value in self.stack[:4]) or "nothing"
             raise Refused("one array or one quantised weight", found)
         return self.stack[0]
@@ -105,28 +105,35 @@ class _Machine:
         push = self.stack.append
         match opcode:
             case b"\x95":  # FRAME
-                self.begin_frame()
+                length = self.number(8)
+                if self.frame_end is not None:
+                    raise Refused("pickle frames one after another", "a frame inside another")
+                self.check_available(length, "a pickle frame")
+                self.frame_end = self.position + length
             case b"\x94":  # MEMOIZE
-                (top,) = self.pop(1)
-                self.memo.append(top)
-                push(top)
+                self.memo += self.pop(1)
+                push(self.memo[-1])
             case b"h":  # BINGET
-                index = self.unsigned(1)
+                index = self.number(1)
                 if index >= len(self.memo):
                     raise Refused(f"one of {len(self.memo)} remembered values", f"number {index}")
                 push(self.memo[index])
             case b"N" | b"\x88" | b"\x89" | b")":  # NONE, NEWTRUE, NEWFALSE, EMPTY_TUPLE
                 push(_CONSTANTS[opcode])
             case b"K" | b"M":  # BININT1, BININT2
-                push(self.unsigned(1 if opcode == b"K" else 2))
+                push(self.number(_UNSIGNED[opcode]))
             case b"J":  # BININT
-                push(int.from_bytes(self.take(4), "little", signed=True))
+                push(self.number(4, signed=True))
             case b"\x8c":  # SHORT_BINUNICODE
-                push(self.text(self.unsigned(1)))
+                raw = self.take(self.number(1))
+                try:
+                    push(raw.decode("utf-8"))
+                except UnicodeDecodeError:
+                    raise Refused("UTF-8 text", f"the bytes {raw[:40]!r}") from None
             case b"C" | b"B" | b"\x8e":  # SHORT_BINBYTES, BINBYTES, BINBYTES8
-                push(self.skip_payload(self.unsigned(_PAYLOADS[opcode])))
+                push(self.skip_payload(self.number(_PAYLOADS[opcode])))
             case b"(":  # MARK
-                self.marks.append(len(self.stack))
+                push(_MARK)
             case b"t":  # TUPLE
                 push(tuple(self.pop_to_mark()))
             case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
@@ -134,7 +141,8 @@ class _Machine:
             case b"}":  # EMPTY_DICT
                 push({})
             case b"u":  # SETITEMS
-                self.set_items()
+                items = self.pop_to_mark()
+                push(_with_items(self.pop(1)[0], items))
             case b"\x93":  # STACK_GLOBAL
                 push(_global(*self.pop(2)))
             case b"\x81":  # NEWOBJ
@@ -143,41 +151,17 @@ class _Machine:
                 push(_call(*self.pop(2)))
             case b"b":  # BUILD
                 target, state = self.pop(2)
-                if not isinstance(target, Object):
-                    raise Refused("the state of an object", f"the state of {describe(target)}")
-                if target.state is not None:
-                    raise Refused(f"one state for {describe(target)}", "a second one")
+                if not isinstance(target, Object) or target.state is not None:
+                    raise Refused("an object without a state", f"the state of {describe(target)}")
                 target.state = state
                 push(target)
             case _:
+                name = _NAMES.get(opcode, "unknown")
+                if name in ("GLOBAL", "INST"):
+                    lines = self.file.read(255).split(b"\n")[:2]
+                    name += f" {b'.'.join(lines).decode('latin-1')!a}"
                 expected = "only the pickle instructions of an official tensor file"
-                raise Refused(expected, f"the instruction {self.name(opcode)}", _HOSTILE)
-
-    def begin_frame(self) -> None:
-        length = self.unsigned(8)
-        if self.frame_end is not None:
-            raise Refused("pickle frames one after another", "a frame inside another")
-        self.check_available(length, "a pickle frame")
-        self.frame_end = self.position + length
-
-    def set_items(self) -> None:
-        items = self.pop_to_mark()
-        (target,) = self.pop(1)
-        # A new dict, not the one that may be remembered: what has it as its state has no other.
-        match target, items:
-            case dict(), ["weight", weight, "scales", scales] if not target:
-                self.stack.append({"weight": weight, "scales": scales})
-            case _:
-                found = ", ".join(describe(value, deep=False) for value in items[:4]) or "none"
-                raise Refused("the entries 'weight' and 'scales', of a dict", found)
-
-    def name(self, opcode: bytes) -> str:
-        """An instruction for an error message, with the global if it names one."""
-        name = _NAMES.get(opcode, "unknown")
-        if name in ("GLOBAL", "INST"):
-            lines = self.file.read(255).split(b"\n")[:2]
-            name += f" {b'.'.join(lines).decode('latin-1')!a}"
-        return f"{name} (0x{opcode[0]:02x})"
+                raise Refused(expected, f"the instruction {name} (0x{opcode[0]:02x})", _HOSTILE)
 
     # Reading
 
@@ -203,15 +187,8 @@ class _Machine:
         self.position += n
         return taken
 
-    def unsigned(self, nbytes: int) -> int:
-        return int.from_bytes(self.take(nbytes), "little")
-
-    def text(self, nbytes: int) -> str:
-        raw = self.take(nbytes)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise Refused("UTF-8 text", f"the bytes {raw[:40]!r}") from None
+    def number(self, nbytes: int, signed: bool = False) -> int:
+        return int.from_bytes(self.take(nbytes), "little", signed=signed)
 
     def skip_payload(self, nbytes: int) -> Payload:
         self.check_available(nbytes, "an array payload")
@@ -223,19 +200,18 @@ class _Machine:
     # The stack
 
     def pop(self, n: int) -> list[Any]:
-        first = len(self.stack) - n
-        if first < (self.marks[-1] if self.marks else 0):
+        items = self.stack[-n:]
+        if len(items) < n or any(item is _MARK for item in items):
             raise Refused("a well-formed pickle", "an instruction without its operands")
-        return self.pop_from(first)
+        del self.stack[-n:]
+        return items
 
     def pop_to_mark(self) -> list[Any]:
-        if not self.marks:
+        marks = [i for i, item in enumerate(self.stack) if item is _MARK]
+        if not marks:
             raise Refused("a well-formed pickle", "the end of a group that never began")
-        return self.pop_from(self.marks.pop())
-
-    def pop_from(self, first: int) -> list[Any]:
-        items = self.stack[first:]
-        del self.stack[first:]
+        items = self.stack[marks[-1] + 1 :]
+        del self.stack[marks[-1] :]
         return items
 
 
@@ -253,10 +229,8 @@ def _global(module: Any, name: Any) -> Global:
 def _new(cls: Any, arguments: Any) -> Object:
     """What `cls.__new__(cls, *arguments)` would make."""
     if cls is not QUANTIZED or arguments != ():
-        raise Refused(
-            f"a new {QUANTIZED} without arguments",
-            f"a new {describe(cls)} with {describe(arguments)}",
-        )
+        found = f"a new {describe(cls)} with {describe(arguments)}"
+        raise Refused(f"a new {QUANTIZED} without arguments", found)
     return Object(cls, arguments)
 
 
@@ -267,3 +241,12 @@ def _call(function: Any, arguments: Any) -> Object:
     if function is DTYPE:
         dtype_of(arguments)
     return Object(function, arguments)
+
+
+def _with_items(empty: Any, items: list[Any]) -> dict[str, Any]:
+    """A new dict: the one that may be remembered stays empty, and so is no object's state."""
+    match empty, items:
+        case dict(), ["weight", weight, "scales", scales] if not empty:
+            return {"weight": weight, "scales": scales}
+    found = ", ".join(describe(value, deep=False) for value in items[:4]) or "none"
+    raise Refused("the entries 'weight' and 'scales', of a dict", found)

@@ -206,8 +206,8 @@ STREAMS = {
     "state of a global": (RECONSTRUCT + b"}b", "the state of numpy.core.multiarray._reconstruct"),
     "state of a class": (QUANTIZED + b"}b", "the state of __main__.QuantizedWeight8bit"),
     "state of a tuple": (b")}b", r"the state of \(\)"),
-    "state twice": (ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89C\x0812345678tb", "a second one"),
-    "dtype state twice": (FLOAT + FLOAT_STATE + b"b", "a second one"),
+    "state twice": (ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89C\x0812345678tb", "the state of an array"),
+    "dtype state twice": (FLOAT + FLOAT_STATE + b"b", "the state of a dtype"),
     "boolean shape": (NEW_ARRAY + b"(K\x01\x88\x85" + FLOAT + b"\x89C\x041234tb", "positive int"),
     "negative shape": (
         NEW_ARRAY + b"(K\x01J\xff\xff\xff\xffJ\xfe\xff\xff\xff\x86" + FLOAT + b"\x89C\x0812345678tb",
