@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 from grokkit.checkpoint.dialect import INDEX
 from grokkit.checkpoint.manifest import (
-    MANIFEST,
     PROGRESS,
     FileRecord,
     check_digests,
@@ -96,7 +95,7 @@ def convert(
     files = plan_files(checkpoint, to, storages, shard_bytes)
     target = Path(target).expanduser().absolute()
     if verify and target.is_dir() and any(target.iterdir()):
-        check_digests(target, _finished(target), progress)
+        check_digests(target, read_manifest(target, is_needed=True), progress)
         _verify(target, files, progress)
         return open_checkpoint(target)
     check_target(
@@ -137,16 +136,6 @@ def _check_choices(to: str, dtype: str | None, experts: str | None) -> None:
         raise ConfigError(
             "experts: the official layout has no 4-bit matrices; convert to safetensors"
         )
-
-
-def _finished(target: Path) -> dict[str, FileRecord]:
-    found = read_manifest(target)
-    if not found:
-        raise refusal(
-            target, "a finished conversion to verify", f"a directory without {MANIFEST}",
-            "choose another name, or remove what is there",
-        )  # fmt: skip
-    return found
 
 
 @dataclasses.dataclass

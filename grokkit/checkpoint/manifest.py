@@ -54,13 +54,20 @@ def write_manifest(directory: Path, layout: str, files: dict[str, FileRecord]) -
     )
 
 
-def read_manifest(directory: Path) -> dict[str, FileRecord]:
-    """The records of a directory's files; none if it has no manifest.
+def read_manifest(directory: Path, is_needed: bool = False) -> dict[str, FileRecord]:
+    """The records of a directory's files; none if it has no manifest, and none is needed.
 
     **Raises:** `CheckpointError` for a manifest that is not one of grokkit's.
     """
     path = directory / MANIFEST
     if not path.exists():
+        if is_needed:
+            raise refusal(
+                directory,
+                f"a finished conversion: one with a {MANIFEST}",
+                f"no {MANIFEST}",
+                "convert again, to the same name if it was cut off: it goes on where it stopped",
+            )
         return {}
     values = read_json(path)
     if values.get("format") != FORMAT or values.get("version") != VERSION:

@@ -14,6 +14,8 @@ DOWNLOAD_AGAIN = (
 )
 DOWNLOAD_COMMAND = '`hf download xai-org/grok-1 --include "ckpt-0/*" --local-dir checkpoints`'
 
+LFS_POINTER = "a git-LFS pointer: the repository was cloned without its large files"
+
 
 class Refused(Exception):
     """Why bytes are not an official tensor, before it is known which file they came from."""

@@ -221,7 +221,7 @@ def test_targets_that_are_taken(converted, golden, tmp_path):
     (tmp_path / "x.partial" / "notes").touch()
     with pytest.raises(CheckpointError, match="a conversion that was cut off\n  found: something"):
         convert(golden, tmp_path / "x", progress=False)
-    with pytest.raises(CheckpointError, match="a finished conversion to verify"):
+    with pytest.raises(CheckpointError, match="a finished conversion: one with a manifest.json"):
         convert(golden, tmp_path, verify=True, progress=False)
     (tmp_path / "empty").mkdir()
     assert len(convert(golden, tmp_path / "empty", progress=False)) == 146
