@@ -20,6 +20,11 @@ FLOAT32 = np.dtype("<f4")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 INT8 = np.dtype(np.int8)
 
+# Pickle's instructions, and how many bytes their numbers have, or values their tuples.
+INTEGERS = {b"K": 1, b"M": 2}
+PAYLOADS = {b"C": 1, b"B": 4, b"\x8e": 8}
+TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Global:

@@ -19,8 +19,11 @@ from typing import Any, BinaryIO
 from grokkit.checkpoint.pickle_objects import (
     DTYPE,
     GLOBALS,
+    INTEGERS,
+    PAYLOADS,
     QUANTIZED,
     RECONSTRUCT,
+    TUPLES,
     ArrayNote,
     Global,
     Object,
@@ -37,9 +40,7 @@ MAX_OPCODES = 512
 
 _NAMES = {o.code.encode("latin-1"): o.name for o in pickletools.opcodes}
 _CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
-_UNSIGNED = {b"K": 1, b"M": 2}  # and how many bytes their numbers have
-_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}  # and how many values they have
-_PAYLOADS = {b"C": 1, b"B": 4, b"\x8e": 8}  # and how many bytes their lengths have
+_TUPLES = {opcode: n for n, opcode in TUPLES.items()}
 _MARK = object()
 _HOSTILE = f"the file may try to run a program; {DOWNLOAD_AGAIN}"
 
@@ -121,7 +122,7 @@ class _Machine:
             case b"N" | b"\x88" | b"\x89" | b")":  # NONE, NEWTRUE, NEWFALSE, EMPTY_TUPLE
                 push(_CONSTANTS[opcode])
             case b"K" | b"M":  # BININT1, BININT2
-                push(self.number(_UNSIGNED[opcode]))
+                push(self.number(INTEGERS[opcode]))
             case b"J":  # BININT
                 push(self.number(4, signed=True))
             case b"\x8c":  # SHORT_BINUNICODE
@@ -131,7 +132,7 @@ class _Machine:
                 except UnicodeDecodeError:
                     raise Refused("UTF-8 text", f"the bytes {raw[:40]!r}") from None
             case b"C" | b"B" | b"\x8e":  # SHORT_BINBYTES, BINBYTES, BINBYTES8
-                push(self.skip_payload(self.number(_PAYLOADS[opcode])))
+                push(self.skip_payload(self.number(PAYLOADS[opcode])))
             case b"(":  # MARK
                 push(_MARK)
             case b"t":  # TUPLE

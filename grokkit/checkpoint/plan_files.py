@@ -16,11 +16,11 @@ from grokkit.checkpoint.dialect import (
 from grokkit.checkpoint.matrices import Chunks, Conversion, stored_as
 from grokkit.checkpoint.names import TensorKey
 from grokkit.checkpoint.official import FOLDER, Checkpoint
-from grokkit.checkpoint.pickle_layout import layout
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.safetensors_file import encode_header
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan
+from grokkit.checkpoint.tensor_writer import layout
 from grokkit.errors import ConfigError
 
 SHARD_BYTES = 5_000_000_000

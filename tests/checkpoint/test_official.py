@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grokkit.checkpoint import open_checkpoint, read_tensor, tensor_keys, write_tensor
-from grokkit.checkpoint.pickle_layout import layout
+from grokkit.checkpoint.tensor_writer import layout
 from grokkit.config import GROK_1, GrokConfig
 from grokkit.errors import CheckpointError, ConfigError
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from grokkit.checkpoint import encoded_size, read_tensor, write_tensor
 from grokkit.checkpoint.pages import PAGE
-from grokkit.checkpoint.pickle_layout import layout, layout_size
 from grokkit.checkpoint.pickle_objects import Global, Payload
 from grokkit.checkpoint.tensor_file import _opened_directly
+from grokkit.checkpoint.tensor_writer import layout, layout_size
 from grokkit.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
