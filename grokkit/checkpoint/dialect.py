@@ -89,17 +89,8 @@ def is_dialect(file: SafetensorsFile) -> bool:
     return file.metadata.get("format") == FORMAT
 
 
-def open_dialect(directory: Path, config: GrokConfig | None = None) -> Checkpoint:
-    """Open a checkpoint in grokkit's own safetensors layout. No weight is read.
-
-    **Arguments:**
-
-    - `directory`: that holds the files.
-    - `config`: the model's sizes, which must then be those of the files.
-
-    **Raises:** `CheckpointError` if a file is missing, damaged, of another size than the manifest
-    says, or holds something other than the configuration demands.
-    """
+def open_dialect(directory: Path, config: GrokConfig | None) -> Checkpoint:
+    """Open a checkpoint in grokkit's own safetensors layout, as `open_checkpoint` does."""
     check_finished(directory)
     records = read_manifest(directory, is_needed=True)
     check_sizes(directory, records)
@@ -116,9 +107,8 @@ def open_dialect(directory: Path, config: GrokConfig | None = None) -> Checkpoin
             )
     found, storages = _read_metadata(files[0])
     if config is not None and config != found:
-        raise refusal(
-            files[0].path, f"{config}", f"{found}", "leave the configuration to the files"
-        )
+        remedy = "leave the configuration to the files"
+        raise refusal(files[0].path, f"{config}", f"{found}", remedy)
     arrays = Arrays(directory, files, _AGAIN)
     entries = tuple(Entry(key, _tensor(key, storages, arrays)) for key in tensor_keys(found))
     arrays.check_all_taken("the arrays of this configuration")
@@ -156,7 +146,8 @@ def _tensor(key: TensorKey, storages: dict[str, Storage], arrays: Arrays) -> Ten
     storage = storages.get(key.path)
     if storage is None:
         raise refusal(arrays.directory, f"how {key.path} is stored", "nothing on it", _AGAIN)
-    if storage.groups is not None and (key.scales_shape is None or key.shape[-2] % storage.groups):
+    groups = storage.groups
+    if groups is not None and (key.scales_shape is None or groups < 1 or key.shape[-2] % groups):
         expected = f"a way to store {key.path}, {key}"
         raise refusal(arrays.directory, expected, str(storage), _AGAIN)
     stored = stored_arrays(key, storage)

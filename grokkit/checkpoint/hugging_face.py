@@ -76,19 +76,11 @@ def is_hugging_face(names: Iterable[str]) -> bool:
 
 
 def open_hugging_face(
-    directory: Path, files: list[SafetensorsFile], config: GrokConfig | None = None
+    directory: Path, files: list[SafetensorsFile], config: GrokConfig | None
 ) -> Checkpoint:
-    """Open a port's checkpoint. No weight is read but the unembedding, if there is one.
+    """Open a port's checkpoint, as `open_checkpoint` does.
 
-    **Arguments:**
-
-    - `directory`: that holds the files.
-    - `files`: its safetensors files.
-    - `config`: the model's sizes; by default those of `config.json`.
-
-    **Raises:** `CheckpointError` if an array is missing, extra or of another shape than the sizes
-    demand, or if the unembedding is not the embedding: Grok-1's are one; `ConfigError` for a
-    `config.json` that does not describe a Grok-1.
+    Of the weights only the unembedding is read, if there is one: it must be the embedding again.
     """
     _check_index(directory, files)
     config = read_config(directory / CONFIG_FILE) if config is None else config

@@ -35,23 +35,10 @@ class FileRecord:
 
 
 def write_manifest(directory: Path, layout: str, files: dict[str, FileRecord]) -> None:
-    """Write a directory's manifest, at once or not at all.
-
-    **Arguments:**
-
-    - `directory`: what the files' names are relative to.
-    - `layout`: `"official"` or `"safetensors"`.
-    - `files`: each file's record, by its name.
-    """
-    write_json(
-        directory / MANIFEST,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "layout": layout,
-            "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
-        },
-    )
+    """Write the manifest of a directory in one of the layouts, with its files by name."""
+    of_files = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
+    values = {"format": FORMAT, "version": VERSION, "layout": layout, "files": of_files}
+    write_json(directory / MANIFEST, values)
 
 
 def read_manifest(directory: Path, is_needed: bool = False) -> dict[str, FileRecord]:
@@ -121,13 +108,7 @@ def check_finished(directory: Path) -> None:
 def check_digests(
     directory: Path, files: dict[str, FileRecord], progress: bool = True, what: str = "checking"
 ) -> None:
-    """Read every file and compare its SHA-256.
-
-    **Arguments:**
-
-    - `directory`, `files`: as `read_manifest` has them.
-    - `progress`: show a progress bar, in bytes.
-    - `what`: what the bar begins with.
+    """Read a directory's files, with a progress bar that begins with `what`, and compare digests.
 
     **Raises:** `CheckpointError` for a file that is missing, of another size, or altered.
     """
@@ -149,15 +130,8 @@ def check_digests(
 def read_digests(
     paths: Collection[Path], what: str, progress: bool, use: Callable[[Path, str], None]
 ) -> None:
-    """Read files one after the other, and call `use` with each one and its SHA-256.
-
-    **Arguments:**
-
-    - `paths`: the files.
-    - `what`: what a progress bar, in bytes, begins with.
-    - `progress`: show it.
-    - `use`: may raise, and the rest is not read.
-    """
+    """Read files one after the other, with a progress bar that begins with `what`, and call `use`
+    with each one and its SHA-256."""
     with byte_bar(what, sum(path.stat().st_size for path in paths), progress) as bar:
         for path in paths:
             use(path, sha256(path, bar.update))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from grokkit.checkpoint.manifest import check_finished
 from grokkit.checkpoint.names import TensorKey, n_files, tensor_keys
-from grokkit.checkpoint.pickle_objects import BFLOAT16
 from grokkit.checkpoint.refusal import DOWNLOAD_COMMAND, refusal
 from grokkit.checkpoint.tensor_file import StackedTensors, TensorFile, read_tensor
 from grokkit.config import GROK_1, GrokConfig
@@ -105,23 +104,8 @@ class Checkpoint:
         return "\n".join(lines)
 
 
-def open_official(
-    directory: str | os.PathLike[str], config: GrokConfig | None = None
-) -> Checkpoint:
-    """Find an official checkpoint, read all its headers and check them. No weight is read.
-
-    **Arguments:**
-
-    - `directory`: holds `ckpt-0/`, and optionally `config.json` and `tokenizer.model`; the
-        `ckpt-0` folder itself will do.
-    - `config`: the model's sizes; by default those of `config.json`, or of Grok-1 if there is no
-        `config.json` and there are 770 files.
-
-    **Returns:** a `Checkpoint`.
-
-    **Raises:** `CheckpointError` if a file is missing, extra, misnumbered, damaged, or not of the
-    shape, dtype and scale grouping that the sizes demand; `ConfigError` for a bad `config.json`.
-    """
+def open_official(directory: str | os.PathLike[str], config: GrokConfig | None) -> Checkpoint:
+    """Open a checkpoint in the official layout, as `open_checkpoint` does."""
     folder = _find(Path(directory))
     root = folder.parent
     check_finished(root)
@@ -224,21 +208,15 @@ def _check_unfinished(folder: Path, names: list[str]) -> None:
 
 
 def _check_shape(key: TensorKey, file: TensorFile) -> None:
-    found_scales = None if file.scales is None else file.scales.shape
-    if (
-        (file.weight.shape, file.weight.dtype) == (key.shape, key.dtype)
-        and found_scales == key.scales_shape
-        and (file.scales is None or file.scales.dtype == BFLOAT16)
-    ):
-        return
-    layer = "" if key.layer is None else f" of layer {key.layer}"
-    raise refusal(
-        file.path,
-        f"{key.name} ({key.path}{layer}): {key}",
-        str(file),
-        f"check that {CONFIG_FILE} describes this checkpoint, and that no file was renamed: the "
-        f"layers are numbered 0, 1, 10, 11, ..., 2, 20, ...",
-    )
+    if str(file) != str(key):
+        layer = "" if key.layer is None else f" of layer {key.layer}"
+        raise refusal(
+            file.path,
+            f"{key.name} ({key.path}{layer}): {key}",
+            str(file),
+            f"check that {CONFIG_FILE} describes this checkpoint, and that no file was renamed: "
+            "the layers are numbered 0, 1, 10, 11, ..., 2, 20, ...",
+        )
 
 
 def _listed(names: list[str]) -> str:

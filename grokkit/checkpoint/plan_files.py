@@ -7,15 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from grokkit.checkpoint.dialect import (
-    FORMAT,
-    Storage,
-    metadata,
-    stored_arrays,
-)
+from grokkit.checkpoint.dialect import FORMAT, Storage, metadata, stored_arrays
 from grokkit.checkpoint.matrices import Chunks, Conversion, stored_as
 from grokkit.checkpoint.names import TensorKey
-from grokkit.checkpoint.official import FOLDER, Checkpoint
+from grokkit.checkpoint.official import FOLDER, Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.safetensors_file import encode_header
@@ -32,12 +27,18 @@ _MATRICES = {"bfloat16": Storage(BFLOAT16), "float32": Storage(FLOAT32)}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The bytes of one array in a file that is to be written."""
+    """An array in a file that is to be written."""
 
     name: str
-    nbytes: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
     chunks: Callable[[], Chunks]
     """Reads, and computes, the bytes anew each time."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the array."""
+        return ArraySpan(self.dtype, self.shape, 0).nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,7 @@ class PlannedFile:
 def choose_storages(
     checkpoint: Checkpoint, to: str, dtype: str | None, experts: str | None, group_size: int
 ) -> dict[str, Storage]:
-    """How each parameter is to be stored, by its place in the model.
-
-    **Arguments:**
-
-    - `checkpoint`: that is converted.
-    - `to`, `dtype`, `experts`, `group_size`: as for `grokkit.convert`.
+    """How each parameter is to be stored, by its place in the model; arguments as of `convert`.
 
     **Raises:** `CheckpointError` or `ConfigError` for what the layout cannot hold.
     """
@@ -123,32 +119,23 @@ def _check(checkpoint: Checkpoint, key: TensorKey, now: Storage, new: Storage, t
 def plan_files(
     checkpoint: Checkpoint, to: str, storages: dict[str, Storage], shard_bytes: int = SHARD_BYTES
 ) -> list[PlannedFile]:
-    """The tensor files of a checkpoint in another layout.
-
-    **Arguments:**
-
-    - `checkpoint`: that is converted.
-    - `to`: `"official"` or `"safetensors"`.
-    - `storages`: how each parameter is to be stored.
-    - `shard_bytes`: most bytes of a safetensors file; one parameter is never divided.
-    """
+    """The tensor files of a checkpoint in another layout; arguments as of `convert`, and how each
+    parameter is to be stored."""
     if to == "official":
-        return [_official(Conversion(e, storages[e.key.path], k_last=False)) for e in checkpoint]
-    chosen = [(entry, storages[entry.key.path]) for entry in checkpoint]
-    conversions = [Conversion(e, s, k_last=s.groups is not None) for e, s in chosen]
-    # In the order of use: a pass through the model reads the files from the first to the last.
-    conversions.sort(key=lambda c: (_place(c), c.entry.key.index))
-    shards: list[list[Conversion]] = []
+        return [_official(entry, storages[entry.key.path]) for entry in checkpoint]
+    shards: list[list[Piece]] = []
     room = -1
-    for _, found in itertools.groupby(conversions, _place):
-        layer = list(found)
+    # In the order of use: a pass through the model reads the files from the first to the last.
+    for _, entries in itertools.groupby(sorted(checkpoint, key=_place), _place):
+        layer = [_pieces(entry, storages[entry.key.path]) for entry in entries]
+        whole = [piece for pieces in layer for piece in pieces]
         # A layer that fits in one file is not spread over two.
-        for part in [layer] if _nbytes(layer) <= shard_bytes else [[c] for c in layer]:
-            if _nbytes(part) > room or not shards:
+        for pieces in [whole] if _nbytes(whole) <= shard_bytes else layer:
+            if _nbytes(pieces) > room or not shards:
                 shards.append([])
                 room = shard_bytes
-            shards[-1] += part
-            room -= _nbytes(part)
+            shards[-1] += pieces
+            room -= _nbytes(pieces)
     notes = metadata(checkpoint.config, storages)
     return [
         _shard(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard, notes)
@@ -156,39 +143,43 @@ def plan_files(
     ]
 
 
-def _place(conversion: Conversion) -> int:
-    key = conversion.entry.key
-    if key.path == "embedding.weight":
+def _place(entry: Entry) -> int:
+    if entry.key.path == "embedding.weight":
         return -1
-    return 1 << 30 if key.layer is None else key.layer
+    return 1 << 30 if entry.key.layer is None else entry.key.layer
 
 
-def _nbytes(conversions: list[Conversion]) -> int:
-    arrays = [a for c in conversions for a in stored_arrays(c.entry.key, c.storage).values()]
-    return sum(ArraySpan(dtype, shape, 0).nbytes for dtype, shape in arrays)
+def _nbytes(pieces: list[Piece]) -> int:
+    return sum(piece.nbytes for piece in pieces)
 
 
-def _official(conversion: Conversion) -> PlannedFile:
-    key = conversion.entry.key
-    scales = None if key.scales_shape is None else (key.scales_shape, BFLOAT16)
-    arrays = iter([conversion.weight_chunks, conversion.scales_chunks])
-    pieces = tuple(
-        piece if isinstance(piece, bytes) else Piece(key.name, piece.nbytes, next(arrays))
-        for piece in layout((key.shape, key.dtype), scales)
+def _official(entry: Entry, storage: Storage) -> PlannedFile:
+    key, conversion = entry.key, Conversion(entry, storage, k_last=False)
+    arrays = [Piece(key.name, key.dtype, key.shape, conversion.weight_chunks)]
+    scales = None
+    if key.scales_shape is not None:
+        scales = (key.scales_shape, BFLOAT16)
+        arrays.append(Piece(key.name, BFLOAT16, key.scales_shape, conversion.scales_chunks))
+    pieces = layout((key.shape, key.dtype), scales)
+    rest = iter(arrays)
+    return PlannedFile(
+        f"{FOLDER}/{key.file_name}",
+        tuple(piece if isinstance(piece, bytes) else next(rest) for piece in pieces),
     )
-    return PlannedFile(f"{FOLDER}/{key.file_name}", pieces)
 
 
-def _shard(name: str, conversions: list[Conversion], notes: dict[str, str]) -> PlannedFile:
-    arrays: list[tuple[str, np.dtype, tuple[int, ...], Callable[[], Chunks]]] = []
-    for c in conversions:
-        stored = stored_arrays(c.entry.key, c.storage)
-        chunks = [c.scales_chunks, c.weight_chunks] if len(stored) == 2 else [c.weight_chunks]
-        arrays += [(n, *a, of_it) for (n, a), of_it in zip(stored.items(), chunks, strict=True)]
+def _pieces(entry: Entry, storage: Storage) -> list[Piece]:
+    """A parameter's arrays in a safetensors file."""
+    conversion = Conversion(entry, storage, k_last=storage.groups is not None)
+    stored = stored_arrays(entry.key, storage)
+    chunks = [conversion.scales_chunks, conversion.weight_chunks][-len(stored) :]
+    return [Piece(n, *a, of_it) for (n, a), of_it in zip(stored.items(), chunks, strict=True)]
+
+
+def _shard(name: str, pieces: list[Piece], notes: dict[str, str]) -> PlannedFile:
     # Larger entries first, so that each array begins at a multiple of its entries' size.
-    arrays.sort(key=lambda a: -a[1].itemsize)
-    header = encode_header({a[0]: (a[1], a[2]) for a in arrays}, notes)
-    pieces = [Piece(a[0], ArraySpan(a[1], a[2], 0).nbytes, a[3]) for a in arrays]
+    pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+    header = encode_header({piece.name: (piece.dtype, piece.shape) for piece in pieces}, notes)
     return PlannedFile(name, (header, *pieces))
 
 
