@@ -36,15 +36,14 @@ from grokkit.checkpoint.plan_files import (
     index_of,
     plan_files,
 )
-from grokkit.checkpoint.progress import byte_bar
 from grokkit.checkpoint.refusal import check_space, check_target, refusal
 from grokkit.errors import CheckpointError, ConfigError
 from grokkit.runtime.files import TEMPORARY, replacing
+from grokkit.runtime.progress import byte_bar
 
 LAYOUTS = ("official", "safetensors")
 DTYPES = ("int8", "bfloat16", "float32")
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SPARE = 1 << 20  # bytes for the small files
 
 
@@ -254,16 +253,7 @@ class _Work:
 
 
 def write_file(path: Path, file: PlannedFile, bar: Any) -> FileRecord:
-    """Write one file, to a temporary name first.
-
-    **Arguments:**
-
-    - `path`: where.
-    - `file`: what.
-    - `bar`: is told the bytes as they are written.
-
-    **Returns:** its size and digest.
-    """
+    """Write one file, to a temporary name first; `bar` is told the bytes as they are written."""
     path.parent.mkdir(exist_ok=True)
     digest = hashlib.sha256()
     with replacing(path, durable=True) as temporary:

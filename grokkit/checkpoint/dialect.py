@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from grokkit.checkpoint.manifest import MANIFEST, check_finished, check_sizes, read_manifest
+from grokkit.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
@@ -91,7 +91,6 @@ def is_dialect(file: SafetensorsFile) -> bool:
 
 def open_dialect(directory: Path, config: GrokConfig | None) -> Checkpoint:
     """Open a checkpoint in grokkit's own safetensors layout, as `open_checkpoint` does."""
-    check_finished(directory)
     records = read_manifest(directory, is_needed=True)
     check_sizes(directory, records)
     files = [read_safetensors(directory / n) for n in sorted(records) if n.endswith(SUFFIX)]

@@ -2,7 +2,6 @@
 
 import contextlib
 import fnmatch
-import importlib
 import os
 import re
 import time
@@ -14,9 +13,9 @@ from tqdm.auto import tqdm
 from grokkit.checkpoint.manifest import FileRecord, read_digests, read_json, write_json
 from grokkit.checkpoint.official import Checkpoint
 from grokkit.checkpoint.opening import open_checkpoint
-from grokkit.checkpoint.progress import byte_bar
 from grokkit.checkpoint.refusal import check_space, refusal
 from grokkit.errors import CheckpointError
+from grokkit.runtime.progress import byte_bar
 
 REPOSITORY = "xai-org/grok-1"
 PATTERNS = (
@@ -88,14 +87,14 @@ def download(
 
 def _hub() -> Any:
     try:
-        for part in ("constants", "errors"):
-            importlib.import_module(f"huggingface_hub.{part}")
-        return importlib.import_module("huggingface_hub")
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError as e:
         raise CheckpointError(
             "grokkit download needs huggingface_hub: pip install huggingface_hub, or pip install "
             "'grokkit[hub]'"
         ) from e
+    return huggingface_hub
 
 
 def _list(hub: Any, repository: str, revision: str | None) -> tuple[str, dict[str, FileRecord]]:

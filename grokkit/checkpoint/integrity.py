@@ -14,9 +14,9 @@ from jaxtyping import Shaped
 from grokkit.checkpoint.manifest import check_digests, read_manifest, sha256
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import INT8
-from grokkit.checkpoint.progress import byte_bar
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
+from grokkit.runtime.progress import byte_bar
 
 _PLACES = 16  # looked at in each array, for a fingerprint
 _SAMPLE = 4096  # bytes of each

@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from grokkit.checkpoint.progress import byte_bar
 from grokkit.checkpoint.refusal import refusal
 from grokkit.runtime.files import write
+from grokkit.runtime.progress import byte_bar
 
 MANIFEST = "manifest.json"
 PROGRESS = "conversion.json"

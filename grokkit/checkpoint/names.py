@@ -78,10 +78,11 @@ def tensor_keys(config: GrokConfig) -> tuple[TensorKey, ...]:
 
     **Raises:** `ConfigError` for sizes that the official layout cannot hold.
     """
-    if n_files(config) > _MOST_FILES:
+    most_layers = (_MOST_FILES - len(_OUTSIDE)) // len(_IN_LAYER)
+    if config.n_layers > most_layers:
         raise ConfigError(
-            f"n_layers: file names have 5 digits, enough for "
-            f"{(_MOST_FILES - len(_OUTSIDE)) // len(_IN_LAYER)} layers; found {config.n_layers}"
+            f"n_layers: file names have 5 digits, enough for {most_layers} layers; found "
+            f"{config.n_layers}"
         )
     sizes = {
         "vocab": config.vocab_size,
@@ -111,11 +112,6 @@ def tensor_keys(config: GrokConfig) -> tuple[TensorKey, ...]:
             dtype, scales_shape = INT8, (*shape[:-2], groups, shape[-1])
         keys.append(TensorKey(index, name, path, layer, shape, dtype, scales_shape))
     return tuple(keys)
-
-
-def n_files(config: GrokConfig) -> int:
-    """Number of files of a checkpoint: 770 for Grok-1."""
-    return len(_OUTSIDE) + len(_IN_LAYER) * config.n_layers
 
 
 def _describe(dtype: np.dtype, shape: tuple[int, ...]) -> str:

@@ -16,11 +16,11 @@ from grokkit.checkpoint.matrices import contiguous
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import CONFIG_FILE, FOLDER, TOKENIZER_FILE
 from grokkit.checkpoint.pickle_objects import BFLOAT16
-from grokkit.checkpoint.progress import byte_bar
 from grokkit.checkpoint.refusal import check_target, refusal
 from grokkit.checkpoint.tensor_writer import write_tensor
 from grokkit.config import GrokConfig
 from grokkit.quant import QuantizedArray
+from grokkit.runtime.progress import byte_bar
 
 
 def save_params(

@@ -123,7 +123,7 @@ def test_no_config_and_not_770_files(copy):
     refused(
         copy,
         "the 770 files of Grok-1, or a config.json beside ckpt-0/",
-        "found: 146 tensor files and no config.json",
+        "found: 146 files and no config.json",
         '--include "ckpt-0/*"',
     )
     assert len(open_checkpoint(copy, _tiny_config())) == 146
