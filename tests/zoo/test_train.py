@@ -98,8 +98,7 @@ def test_failed_save_leaves_the_old_state(whole, recipe, tmp_path, monkeypatch):
     before = (tmp_path / LATEST).read_bytes()
 
     def fail(file, **arrays):
-        with open(file, "wb") as partial:
-            partial.write(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez", fail)
