@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 
 from grokkit.errors import SiteError
 from grokkit.processes import to_host
+from grokkit.runtime import files
 from grokkit.taps import SITES, Capture
 
 _HOOKS = {
@@ -227,12 +227,8 @@ class ActivationCache:
             name: {"site": e.site, "axes": e.axes, "layers": e.layers}
             for name, e in self.entries.items()
         }
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        try:
+        with files.replacing(path) as temporary:
             save_file(arrays, temporary, metadata={"grokkit": json.dumps(notes)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ActivationCache":

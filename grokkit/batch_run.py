@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 from grokkit.batch_request import Generation
 from grokkit.batching import ContinuousBatch
 from grokkit.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from grokkit.checkpoint.tensor_writer import atomic_file
 from grokkit.errors import PromptError, TokenizerError
 from grokkit.file_lock import locked
 from grokkit.generate import bucket
 from grokkit.language_model import LanguageModel
 from grokkit.loading import default_dtype, load
 from grokkit.processes import agree, by_first, is_first, share, spans_processes
+from grokkit.runtime import files
 from grokkit.sampling import Allowed, Sampling
 from grokkit.tokenizer import Tokenizer
 from grokkit.zoo import shipped
@@ -330,8 +330,8 @@ class Record:
         if not self.partial.exists():
             return
         with self._usable():
-            with atomic_file(self.path) as file:
-                file.write(b"".join(self._encode(done[i]) for i in range(len(self.prompts))))
+            content = b"".join(self._encode(done[i]) for i in range(len(self.prompts)))
+            files.write(self.path, content)
             self.partial.unlink()
 
     @contextlib.contextmanager

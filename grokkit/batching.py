@@ -105,8 +105,7 @@ class ContinuousBatch:
         self.slots = slots
         self.capacity = capacity
         self.pad_sizes = sizes
-        self._streamed = lm.runnable.is_streamed
-        self.block = 1 if self._streamed else block
+        self.block = block if lm.runnable.runs_ahead else 1
         self._waiting: deque[Generation] = deque()
         self._in_slot: list[Generation | None] = [None] * slots
         self._unread: deque[Round] = deque()
@@ -180,9 +179,9 @@ class ContinuousBatch:
             self._admit()
             if self._n_running:
                 self._decode()
-            # One round stays under way on the device while the host reads the one before; not of a
-            # streamed model, where it may be a pass that nobody wants any more.
-            while len(self._unread) > (1 if self._n_running and not self._streamed else 0):
+            # One round stays under way on the device while the host reads the one before; not where
+            # it may be a dear pass that nobody wants any more.
+            while len(self._unread) > (self._n_running > 0 and self.lm.runnable.runs_ahead):
                 self._hand_out()
         return not self.idle
 
@@ -239,7 +238,7 @@ class ContinuousBatch:
     def _row_counts(self, size: int) -> list[int]:
         """How many prompts of a padded length may be run at once on each part of the mesh."""
         most = self._slots_a_part
-        if not self._streamed:
+        if not self.lm.runnable.shares_passes:
             most = min(most, max(1, PREFILL_PART // size))
         return [*(n for n in (1, 4, 16, 64, 256) if n < most), most]
 
@@ -250,15 +249,16 @@ class ContinuousBatch:
     def _admit(self) -> None:
         """Run the prompts of waiting requests, as many as slots are free, those alike together.
 
-        Of a streamed model all share a pass, padded to the longest.
+        Where passes are dear all share one, padded to the longest.
         """
+        all_share = self.lm.runnable.shares_passes
         while True:
             free = self._in_slot.count(None)
             candidates = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
             if not candidates:
                 return
             sizes = [self._padded(len(g.prompt)) for g in candidates]
-            size = max(sizes) if self._streamed else sizes[0]
+            size = max(sizes) if all_share else sizes[0]
             most = self._row_counts(size)[-1]
             # Slots lie over the parts of the mesh in equal runs; a prompt runs where its slot is.
             per = self._slots_a_part
@@ -269,7 +269,7 @@ class ContinuousBatch:
             joining: list[list[tuple[int, Generation]]] = [[] for _ in free_slots]
             for padded, generation in zip(sizes, candidates, strict=True):
                 part = max(range(len(free_slots)), key=lambda p: len(free_slots[p]))
-                if padded != size and not self._streamed:
+                if padded != size and not all_share:
                     continue
                 if len(joining[part]) == most or not free_slots[part]:
                     break
@@ -335,7 +335,9 @@ class ContinuousBatch:
             settings, active = self._settings
             if settings.constraints is None:
                 state = state._replace(seen=None)
-            self._state, draws, _ = decode(lm.runnable, state, settings, self.block, active=active)
+            self._state, draws, _ = lm.runnable.run(
+                decode, state, settings, self.block, active=active
+            )
         self._ask_for(draws, list(self._in_slot), self.block)
 
     def _ask_for(self, draws: Draw, owners: list[Generation | None], n: int) -> None:

@@ -8,7 +8,7 @@ that a pass that was cut off begins again at its layer.
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
+from grokkit.abstract_model import PREFILL_PART, Model
 from grokkit.activation_cache import described
-from grokkit.checkpoint import fingerprint
 from grokkit.errors import PromptError, SiteError
-from grokkit.model import Block, Grok, Rows, run_block
+from grokkit.layers.block import Rows, run_layer
+from grokkit.layers.ends import enter, leave
 from grokkit.processes import (
     agree,
     by_first,
@@ -46,14 +47,13 @@ from grokkit.stored_captures import (
     read_captures_json,
     refused,
 )
-from grokkit.streamed_model import PREFILL_PART, StreamedGrok, enter, leave, run_layer
 from grokkit.taps import SITES, Capture, Change
 
 _Kept = dict[str, Any]
 
 
 def capture_to(
-    model: Grok | StreamedGrok,
+    model: Model,
     mesh: Mesh,
     directory: Path,
     tokens: np.ndarray,
@@ -120,7 +120,7 @@ class _Sweep:
 
     def __init__(
         self,
-        model: Grok | StreamedGrok,
+        model: Model,
         mesh: Mesh,
         tokens: np.ndarray,
         lengths: np.ndarray,
@@ -136,7 +136,7 @@ class _Sweep:
         inside = [c for c in captures if SITES[c.site].in_layer]
         self.before = tuple(c for c in captures if c.site == "embed")
         self.after = tuple(c for c in captures if c not in inside and c not in self.before)
-        self.of_layer = [tuple(c for c in inside if _is_in(c, i)) for i in range(n_layers)]
+        self.of_layer = [tuple(c for c in inside if c.is_in(i)) for i in range(n_layers)]
         # Layers beyond the last that shows anything are not run.
         wanted = [i for i, of in enumerate(self.of_layer) if of]
         self.stop = n_layers if self.after else max(wanted, default=-1) + 1
@@ -203,11 +203,8 @@ class _Sweep:
         inside = tuple(dict.fromkeys(c for of in self.of_layer for c in of))
         entering = (None, counts, self.before, self.edits)
         x, rows, _ = jax.eval_shape(lambda ends: enter(ends, ids, *entering), ends)
-        if isinstance(self.model, StreamedGrok):
-            block = self.model.reader.abstract()
-            layers = run_layer.lower(block, x, rows, None, layer, dtype, inside, self.edits)
-        else:
-            layers = _run_in_memory.lower(self.model, x, rows, layer, inside, self.edits)
+        block = jax.eval_shape(lambda model: model.block(layer), self.model.shapes())
+        layers = run_layer.lower(block, x, rows, None, layer, dtype, inside, self.edits)
         leaves = leave.lower(ends, x, rows, False, self.after, self.edits)
         return [enter.lower(ends, ids, *entering), layers, leaves]
 
@@ -234,8 +231,7 @@ class _Sweep:
                        f"{_digest(self.tokens, self.lengths)}",
             "captures": captures,
             "edits": [type(e).__name__ for e in self.edits] + ([_digest(*arrays)] if arrays else []),
-            "checkpoint": self._weights(),
-            "weights": "streamed from disk" if self.model.is_streamed else "in memory",
+            "checkpoint": self.model.digest(),
             "prompts at once": self.rows,
             "mesh": " x ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items())
                     + f" of {self.mesh.devices.flat[0].device_kind}"
@@ -245,11 +241,6 @@ class _Sweep:
             # Which tells apart what has no name: reductions, and functions of an edit.
             "program": hashlib.sha256("".join(p.as_text() for p in self.programs).encode()).hexdigest()[:32],
         }  # fmt: skip
-
-    def _weights(self) -> str:
-        if isinstance(self.model, StreamedGrok):
-            return fingerprint(self.model.checkpoint)[:32]
-        return _digest(*(to_host(a) for a in jax.tree.leaves(_sums(self.model))))
 
     # The sweep
 
@@ -265,21 +256,28 @@ class _Sweep:
         self._by_first(lambda: store.check_space(needed))
         due = set(store.files) - set(there)
         rows, stream = self._enter(store, due, first)
-        with tqdm(
-            total=self.stop * n, initial=first * n, unit="prompt", desc="capturing",
-            disable=not progress,
-        ) as bar:  # fmt: skip
-            for layer, run in _layers(self.model, first, self.stop):
+        with (
+            closing(self.model.layers(first, self.stop)) as blocks,
+            tqdm(
+                total=self.stop * n, initial=first * n, unit="prompt", desc="capturing",
+                disable=not progress,
+            ) as bar,
+        ):  # fmt: skip
+            layer = first
+            for block in blocks:  # enumerate would hold on to the last one
                 bar.set_postfix_str(f"layer {layer} of {self.stop}")
                 with self._writing(store, due, layer_name(layer)) as put:
                     for at, its_rows in zip(self._chunks(), rows, strict=True):
-                        x, kept = run(self._on_rows(stream[at]), its_rows, layer=jnp.int32(layer),
-                                      captures=self.of_layer[layer], edits=self.edits)  # fmt: skip
+                        x, *_, kept = run_layer(
+                            block, self._on_rows(stream[at]), its_rows, None, jnp.int32(layer),
+                            self.model.dtype, self.of_layer[layer], self.edits,
+                        )  # fmt: skip
                         put(kept, at)
                         stream[at] = to_host(x)
                         bar.update(int(at[-1] - at[0]) + 1)
-                del run  # a layer's memory is that of the next but one
-                self._by_first(functools.partial(store.keep_stream, layer + 1, stream))
+                del block  # a layer's memory is that of the next but one
+                layer += 1
+                self._by_first(functools.partial(store.keep_stream, layer, stream))
         with self._writing(store, due, AFTER) as put:
             for at, its_rows in zip(self._chunks() if self.after else [], rows, strict=False):
                 x = self._on_rows(stream[at])
@@ -342,56 +340,6 @@ class _Sweep:
         return jax.device_put(a, NamedSharding(self.mesh, P("data")), may_alias=False)
 
 
-def _layers(
-    model: Grok | StreamedGrok, first: int, stop: int
-) -> Generator[tuple[int, Callable[..., tuple[Array, _Kept]]]]:
-    """Each layer's number, and a function that runs the stream through it. Let go of it soon."""
-    if not isinstance(model, StreamedGrok):
-        for layer in range(first, stop):
-            yield layer, functools.partial(_run_in_memory, model)
-        return
-    with closing(model.reader.layers(first, stop)) as blocks:
-        layer = first
-        for block in blocks:
-            run = [functools.partial(_run_streamed, block, dtype=model.dtype)]
-            del block
-            yield layer, run.pop()
-            layer += 1
-
-
-def _run_streamed(block: Block, x: Array, rows: Rows, **options: Any) -> tuple[Array, _Kept]:
-    x, *_, kept = run_layer(block, x, rows, None, **options)
-    return x, kept
-
-
-@functools.partial(jax.jit, static_argnames=("captures",), donate_argnames=("x",))
-def _run_in_memory(
-    model: Grok,
-    x: Array,
-    rows: Rows,
-    layer: Array,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[Array, _Kept]:
-    x, _, kept = run_block(model.block(layer), x, rows, None, layer, model.dtype, captures, edits)
-    return x, kept
-
-
-@jax.jit
-def _sums(model: Grok) -> Any:
-    """A few numbers that tell one model's weights from another's."""
-
-    def sums(a: Array) -> Array:
-        bits = a
-        if jnp.issubdtype(a.dtype, jnp.floating):
-            kind = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
-            bits = jax.lax.bitcast_convert_type(a, kind)
-        bits = bits.astype(jnp.uint32)
-        return jnp.stack([jnp.sum(bits), jnp.sum(bits * bits)])
-
-    return jax.tree.map(sums, model)
-
-
 def _rows(mesh: Mesh, tokens: np.ndarray, edits: tuple[Change, ...], rows: int | None) -> int:
     """How many prompts run at once. **Raises:** `PromptError`."""
     n, data = len(tokens), mesh.shape["data"]
@@ -408,10 +356,6 @@ def _rows(mesh: Mesh, tokens: np.ndarray, edits: tuple[Change, ...], rows: int |
             f"{rows}. Leave it out, or capture fewer prompts into a directory"
         )
     return rows
-
-
-def _is_in(capture: Capture, layer: int) -> bool:
-    return capture.layer_numbers is None or layer in capture.layer_numbers
 
 
 def _digest(*arrays: np.ndarray) -> str:

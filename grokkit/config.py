@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grokkit.errors import ConfigError
+from grokkit.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +162,7 @@ class GrokConfig:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a `config.json` that `from_json` reads back to an equal configuration."""
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def _widening(self) -> float:
         for candidate in (self.d_ff * 3 / (2 * self.d_model), (self.d_ff * 3 // 2) / self.d_model):

@@ -18,13 +18,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, PyTree
 
-from grokkit.compiled import compiled, repeat
+from grokkit.abstract_model import PREFILL_PART, Model
 from grokkit.config import GrokConfig
 from grokkit.errors import PromptError
 from grokkit.kv_cache import KVCache, put_row, put_rows
-from grokkit.model import Grok
 from grokkit.sampling import Draw, Rows, Sampling, mark_seen, sample
-from grokkit.streamed_model import PREFILL_PART, StreamedGrok
 from grokkit.taps import Capture, Change
 
 _ROWS = P("data")
@@ -40,9 +38,9 @@ class State(NamedTuple):
     """Which tokens each has been fed, where a setting asks for it."""
 
 
-@compiled(static_argnames=("captures",), donate_argnames=("cache", "seen"))
+@functools.partial(jax.jit, static_argnames=("captures",), donate_argnames=("cache", "seen"))
 def prefill(
-    model: Grok | StreamedGrok,
+    model: Model,
     tokens: Array,
     lengths: Array,
     cache: KVCache,
@@ -66,7 +64,7 @@ def prefill(
 
 
 def prefill_in_parts(
-    model: Grok | StreamedGrok,
+    model: Model,
     tokens: np.ndarray,
     lengths: np.ndarray,
     cache: KVCache,
@@ -78,9 +76,9 @@ def prefill_in_parts(
 
     What is captured is one array for the whole prompt, so that then there is one part.
     """
-    # Nor is there more than one pass of a streamed model, which cuts it in parts by itself.
+    # Nor is there more than one pass where passes are dear: it cuts the prompts by itself.
     part = tokens.shape[1]
-    if not captures and not model.is_streamed:
+    if not captures and not model.shares_passes:
         part = min(PREFILL_PART, part)
     draw, captured = None, {}
     seen = None
@@ -93,8 +91,8 @@ def prefill_in_parts(
         piece, counts_on_rows = (
             jax.device_put(a, P("data")) for a in (tokens[:, start : start + part], counts)
         )
-        (cache, _, seen), drawn, captured = prefill(
-            model, piece, counts_on_rows, cache, rows, captures, edits, seen
+        (cache, _, seen), drawn, captured = model.run(
+            prefill, piece, counts_on_rows, cache, rows, captures, edits, seen
         )
         # A row's draw is that of the part in which it ends.
         draw = drawn if draw is None else _keep(counts_on_rows > 0, drawn, draw)
@@ -111,9 +109,9 @@ def _keep(new: Bool[Array, " batch"], drawn: Draw, draw: Draw) -> Draw:
     return jax.tree.map(pick, drawn, draw)
 
 
-@compiled(static_argnames=("n", "captures"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("n", "captures"), donate_argnames=("state",))
 def decode(
-    model: Grok | StreamedGrok,
+    model: Model,
     state: State,
     rows: Rows,
     n: int,
@@ -146,7 +144,7 @@ def decode(
         draw = sample(out.logits[:, 0], rows, out.cache.length, seen)
         return State(out.cache, draw.token, seen), (draw, out.captured)
 
-    state, (draws, captured) = repeat(model, step, state, n)
+    state, (draws, captured) = model.repeat(step, state, n)
     return state, draws, captured
 
 
@@ -184,7 +182,7 @@ class Piece:
 
 
 def generate_tokens(
-    model: Grok | StreamedGrok,
+    model: Model,
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     max_len: int,
@@ -203,8 +201,9 @@ def generate_tokens(
     - `prompts`: token ids of each prompt, none empty.
     - `max_len`: new tokens, at least 1.
     - `sampling`: how they are drawn.
-    - `block`: steps that run on the device between two looks at the results.
-    - `captures`, `edits`: resolved against the model; see `Grok.__call__`.
+    - `block`: steps that run on the device between two looks at the results; 1 where each costs so
+        much that none is made before it is asked for.
+    - `captures`, `edits`: resolved against the model; see `Model.__call__`.
 
     **Raises:** `PromptError` before anything is computed.
     """
@@ -215,7 +214,7 @@ def generate_tokens(
 
 
 def _rounds(
-    model: Grok | StreamedGrok,
+    model: Model,
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     max_len: int,
@@ -241,24 +240,19 @@ def _rounds(
         state, draw, captured = prefill_in_parts(
             model, tokens, lengths, cache, on_rows, captures, edits
         )
-    pending = Piece(jax.tree.map(lambda a: a[None], to_host_async(draw)), captured)
-    yield pending  # at once: the first token need not wait for the decode step's compilation
-    pending, done = None, 1
-    if model.is_streamed:
-        block = 1  # each token costs a pass over the disk, and the caller may want no more
+    draws = jax.tree.map(lambda a: a[None], to_host_async(draw))
+    yield Piece(draws, captured)  # at once: the first token need not wait for the decode's program
+    block = block if model.runs_ahead else 1
+    pending, done = [], 1
     while done < max_len:
         with jax.set_mesh(mesh):
-            state, draws, captured = decode(model, state, on_rows, block, captures, edits)
-        # The next block is under way on the device while this one's tokens are read.
-        if pending is not None:
-            yield pending
-        pending = Piece(to_host_async(draws), captured)
+            state, draws, captured = model.run(decode, state, on_rows, block, captures, edits)
+        pending.append(Piece(to_host_async(draws), captured))
         done += block
-        if model.is_streamed:
-            yield pending
-            pending = None
-    if pending is not None:
-        yield pending
+        # The next block is under way on the device while this one's tokens are read.
+        if len(pending) > model.runs_ahead:
+            yield pending.pop(0)
+    yield from pending
 
 
 def to_host_async(tree: PyTree[Array]) -> PyTree[Array]:

@@ -1,6 +1,7 @@
 """What a user holds: a model, its tokenizer and the mesh it lies on."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grokkit import capturing, scoring
+from grokkit.abstract_model import Model, Output
 from grokkit.activation_cache import ActivationCache
 from grokkit.checkpoint import Checkpoint
-from grokkit.compiled import compiled
 from grokkit.config import GrokConfig
 from grokkit.continuation import StreamedToken, collect, continuation, stream
 from grokkit.edits import Edit, resolve
@@ -30,13 +31,12 @@ from grokkit.inspection import (
     as_captures,
     bill,
 )
-from grokkit.model import Grok, Output
+from grokkit.model import Grok
 from grokkit.processes import same_call, spans_processes
 from grokkit.sampling import Allowed, Sampling
 from grokkit.scoring import Score
-from grokkit.sharding import abstract, release
+from grokkit.sharding import release
 from grokkit.stored_captures import StoredCaptures
-from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture, Change
 from grokkit.tokenizer import Tokenizer
 
@@ -44,9 +44,9 @@ Text = str | Sequence[str]
 Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "..."] | Int[Array, "..."]
 
 
-@compiled(static_argnames=("captures",))
+@functools.partial(jax.jit, static_argnames=("captures",))
 def _forward(
-    model: Grok | StreamedGrok,
+    model: Model,
     tokens: Array,
     lengths: Array,
     captures: tuple[Capture, ...],
@@ -60,7 +60,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: Grok | StreamedGrok,
+        model: Model,
         mesh: Mesh,
         tokenizer: Tokenizer | None,
         name: str = "model",
@@ -112,13 +112,13 @@ class LanguageModel:
             f"d_model {c.d_model}, {c.n_heads} heads, {c.n_experts} experts of which "
             f"{c.n_experts_per_token} a token, vocab {c.vocab_size}, context {c.context_length}; "
             f"{jnp.dtype(self.runnable.dtype).name}; mesh {mesh} of {device}"
-            f"{'; layers streamed from disk' if self.runnable.is_streamed else ''})"
+            f"{'; layers streamed from disk' if self.runnable.pass_nbytes() else ''})"
         )
 
     @property
     def model(self) -> Grok:
         """The Equinox pytree, all weights in memory. **Raises:** `GrokkitError` if it is streamed."""
-        if isinstance(self.runnable, StreamedGrok):
+        if not isinstance(self.runnable, Grok):
             raise GrokkitError(
                 f"{self.name}: this needs all layers in memory at once, and they are streamed from "
                 f"disk; load the model without stream=True, on as many devices as it takes "
@@ -223,7 +223,7 @@ class LanguageModel:
         """
         ids, lengths = self.prepare(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
-        resolved = self._resolve(edits, lengths.tolist())
+        resolved = self.resolve(edits, lengths.tolist())
         path = Path(directory).expanduser().absolute()
         return capturing.capture_to(
             self.runnable, self.mesh, path, ids, lengths, wanted, resolved, rows, progress
@@ -238,15 +238,12 @@ class LanguageModel:
         ids, lengths = self._rows(tokens)
         wanted = as_captures(captures, self.config, ids.shape[1])
         model = self.runnable
-        if isinstance(model, StreamedGrok):
-            model = abstract(model.specs, self.mesh)
         with jax.set_mesh(self.mesh):
-            out = jax.eval_shape(lambda *a: _forward(*a, wanted, ()), model, ids, lengths)
+            out = jax.eval_shape(lambda *a: _forward(*a, wanted, ()), model.shapes(), ids, lengths)
         found = bill({c.key: out.captured[c.key] for c in wanted})
-        if isinstance(self.runnable, StreamedGrok):
-            reader = self.runnable.reader
-            return dataclasses.replace(found, pass_nbytes=reader.nbytes, read_rate=reader.rate())
-        return found
+        return dataclasses.replace(
+            found, pass_nbytes=model.pass_nbytes(), read_rate=model.read_rate()
+        )
 
     def _run(
         self,
@@ -255,9 +252,9 @@ class LanguageModel:
         captures: tuple[Capture, ...],
         edits: Sequence[Edit],
     ) -> Output:
-        resolved = self._resolve(edits, lengths.tolist())
+        resolved = self.resolve(edits, lengths.tolist())
         with jax.set_mesh(self.mesh):
-            return release(_forward(self.runnable, ids, lengths, captures, resolved))
+            return release(self.runnable.run(_forward, ids, lengths, captures, resolved))
 
     def prepare(
         self, tokens: Tokens
@@ -408,13 +405,13 @@ class LanguageModel:
         recorder = GenerationRecorder(captures, self.config, lengths) if captures else None
         rounds = generate_tokens(
             self.runnable, self.mesh, ids, max_len, sampling, captures=captures,
-            edits=self._resolve(edits, lengths),
+            edits=self.resolve(edits, lengths),
         )  # fmt: skip
         new, fed = collect(rounds, len(ids), max_len, self.config.eos_token, recorder)
         texts = [continuation(self.tokenizer, p, n) for p, n in zip(ids, new, strict=True)]
         return texts, None if recorder is None else recorder.cache(fed)
 
-    def _resolve(self, edits: Sequence[Edit], lengths: Sequence[int]) -> tuple[Change, ...]:
+    def resolve(self, edits: Sequence[Edit], lengths: Sequence[int]) -> tuple[Change, ...]:
         """Edits checked, as masks and whole on every device."""
         if not edits:
             return ()
@@ -450,6 +447,6 @@ class LanguageModel:
         copies = [ids] * self.mesh.shape["data"]
         rounds = generate_tokens(
             self.runnable, self.mesh, copies, max_len, sampling, block=1,
-            edits=self._resolve(edits, [len(ids)] * len(copies)),
+            edits=self.resolve(edits, [len(ids)] * len(copies)),
         )  # fmt: skip
         return stream(rounds, ids, self.tokenizer, self.config.eos_token)

@@ -1,236 +1,81 @@
 """Grok-1: embedding, a stack of decoder layers, and the tied unembedding."""
 
-import dataclasses
-from typing import Any, ClassVar, NamedTuple
+import functools
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
+from grokkit.abstract_model import PREFILL_PART, Group, Model, Read, Resume, Step
 from grokkit.config import GrokConfig
-from grokkit.errors import ConfigError, PromptError
-from grokkit.kv_cache import KVCache, mark_visible
-from grokkit.layers.attention import Attention
+from grokkit.errors import ConfigError
+from grokkit.kv_cache import KVCache
+from grokkit.layers.block import Block, Rows
 from grokkit.layers.embedding import Embedding
-from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
+from grokkit.processes import to_host
 from grokkit.quant import QuantizedArray, Slot, index, quantize
 from grokkit.sharding import ParamSpec, is_spec, release, shardings
-from grokkit.taps import Capture, Change, Tap
+from grokkit.taps import Capture, Change
 
 
-class Output(eqx.Module):
-    """What a forward pass returns."""
+class Grok(Model, eqx.Module):
+    """The whole model in memory, a pytree. Every leaf of `blocks` has a leading layer axis."""
 
-    logits: Float[Array, "batch position vocab"]
-    """Next-token logits, float32."""
-    cache: KVCache | None
-    """Keys and values with the new tokens', if a cache was given."""
-    captured: dict[str, Any]
-    """What the captures kept, by their key; from layers, with a leading layer axis."""
-
-
-class Resume(NamedTuple):
-    """The middle of a forward pass: for cases that differ from one layer on only."""
-
-    layer: Int[Array, ""]
-    """The first layer to run; one program serves all."""
-    resid_pre: Float[Array, "batch position d_model"]
-    """The residual stream that enters it."""
-
-
-class Block(eqx.Module):
-    """A decoder layer: attention and experts, each between two norms."""
-
-    attn_norm: RMSNorm
-    attention: Attention
-    attn_out_norm: RMSNorm
-    moe_norm: RMSNorm
-    moe: MoE
-    moe_out_norm: RMSNorm
-
-    @staticmethod
-    def specs(config: GrokConfig) -> "Block":
-        """Declare one layer's parameters."""
-        norm = RMSNorm.specs(config)
-        return Block(norm, Attention.specs(config), norm, norm, MoE.specs(config), norm)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch position d_model"],
-        positions: Int[Array, "batch position"],
-        visible: Bool[Array, "batch key"],
-        cache: KVCache | None,
-        layer: Int[Array, ""],
-        dtype: Any,
-        tap: Tap,
-    ) -> tuple[Float[Array, "batch position d_model"], KVCache | None]:
-        """Pass the stream through the layer; arguments as in `Attention.__call__`."""
-        x = tap("resid_pre", x)
-        attn_in = tap("attn_in", self.attn_norm(x))
-        attn_out, cache = self.attention(attn_in, positions, visible, cache, layer, dtype, tap)
-        x = tap("resid_mid", x + tap("attn_out", self.attn_out_norm(attn_out)))
-        moe_in = tap("moe_in", self.moe_norm(x))
-        moe_out = self.moe(moe_in, dtype, tap)
-        return tap("resid_post", x + tap("moe_out", self.moe_out_norm(moe_out))), cache
-
-
-class Rows(eqx.Module):
-    """What the layers need to know of the tokens of a pass."""
-
-    positions: Int[Array, "batch position"]
-    """Absolute position of each token."""
-    visible: Bool[Array, "batch key"]
-    """Which keys may be attended to, by absolute position."""
-    start: Int[Array, " batch"]
-    """Tokens before these, in the cache."""
-    counts: Int[Array, " batch"]
-    """How many of each row's tokens are real."""
-
-
-class Ends(eqx.Module):
-    """What lies before and after the layers."""
-
-    embedding: Embedding
-    final_norm: RMSNorm
-    config: GrokConfig = eqx.field(static=True)
-    dtype: Any = eqx.field(static=True)
-
-    def enter(
-        self,
-        tokens: Int[Array, "batch position"],
-        cache: KVCache | None,
-        lengths: Int[Array, " batch"] | None,
-        captures: tuple[Capture, ...],
-        edits: tuple[Change, ...],
-    ) -> tuple[Float[Array, "batch position d_model"], Rows, dict[str, Any]]:
-        """Embed tokens. **Returns:** the stream, what layers need besides, and what was kept."""
-        batch, n = tokens.shape
-        tokens = jax.reshard(tokens, P("data", None))
-        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-        start = jax.reshard(start, P("data"))
-        counts = jnp.full(batch, n, jnp.int32) if lengths is None else lengths
-        counts = jax.reshard(counts, P("data"))
-        positions = start[:, None] + jnp.arange(n, dtype=jnp.int32)
-        real = jnp.arange(n) < counts[:, None]
-        visible = real & (tokens != self.config.pad_token)
-        if cache is not None:
-            visible = mark_visible(cache.visible, visible, start)
-        tap = Tap(captures, edits, None, positions)
-        x = tap("embed", self.embedding.embed(tokens) * self.config.embedding_multiplier)
-        return x, Rows(positions, visible, start, counts), tap.captured
-
-    def leave(
-        self,
-        x: Float[Array, "batch position d_model"],
-        rows: Rows,
-        last_only: bool,
-        captures: tuple[Capture, ...],
-        edits: tuple[Change, ...],
-    ) -> tuple[Float[Array, "batch shown vocab"], dict[str, Any]]:
-        """Unembed the stream. **Returns:** logits, and what was kept."""
-        positions = rows.positions
-        if last_only:
-            x = jnp.take_along_axis(x, (rows.counts - 1)[:, None, None], axis=1)
-            positions = (rows.start + rows.counts - 1)[:, None]
-        tap = Tap(captures, edits, None, positions)
-        logits = self.embedding.unembed(tap("final_norm", self.final_norm(x)), self.dtype)
-        logits = tap("logits", logits * self.config.output_multiplier)
-        return logits, tap.captured
-
-
-def run_block(
-    block: Block,
-    x: Float[Array, "batch position d_model"],
-    rows: Rows,
-    cache: KVCache | None,
-    layer: Int[Array, ""],
-    dtype: Any,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[Float[Array, "batch position d_model"], KVCache | None, dict[str, Any]]:
-    """One layer under its own tap. **Returns:** the stream, the cache, and what was kept."""
-    tap = Tap(captures, edits, layer, rows.positions)
-    x, cache = block(x, rows.positions, rows.visible, cache, layer, dtype, tap)
-    return x, cache, tap.captured
-
-
-def with_tokens(cache: KVCache | None, rows: Rows) -> KVCache | None:
-    """The cache with a pass's tokens counted, once all layers have written theirs."""
-    if cache is None:
-        return None
-    length = rows.start + rows.counts
-    return dataclasses.replace(cache, visible=rows.visible, length=length, is_new=False)
-
-
-class Grok(eqx.Module):
-    """The whole model. Every leaf of `blocks` has a leading layer axis.
-
-    Run it under `jax.set_mesh(mesh)` with the mesh its arrays lie on.
-    """
-
-    is_streamed: ClassVar[bool] = False
-    """Whether layers are read from disk as they are needed; see `StreamedGrok`."""
+    shares_passes: ClassVar[bool] = False
+    runs_ahead: ClassVar[bool] = True
 
     embedding: Embedding
     blocks: Block
     final_norm: RMSNorm
     config: GrokConfig = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
-    """What matrix products round their operands to (see `einsum32`), float32 or bfloat16.
-    Activations themselves are float32 in both."""
-
-    @property
-    def ends(self) -> Ends:
-        """The parts before and after the layers."""
-        return Ends(self.embedding, self.final_norm, self.config, self.dtype)
 
     def block(self, layer: Int[Array, ""]) -> Block:
         """One layer, its 8-bit matrices left where they lie in the stacks."""
         return jax.tree.map(lambda w: index(w, layer), self.blocks, is_leaf=_is_quantised)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "batch position"],
-        *,
-        cache: KVCache | None = None,
-        lengths: Int[Array, " batch"] | None = None,
-        last_only: bool = False,
-        captures: tuple[Capture, ...] = (),
-        edits: tuple[Change, ...] = (),
-        resume: Resume | None = None,
-    ) -> Output:
-        """Next-token logits of every position.
+    def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return program(self, *args, **kwargs)
 
-        **Arguments:**
+    def repeat(self, step: Step, carry: Any, n: int) -> tuple[Any, PyTree]:
+        return jax.lax.scan(lambda carry, _: step(carry), carry, length=n)
 
-        - `tokens`: token ids. Pad tokens are never attended to.
-        - `cache`: the tokens before these; the returned cache holds both. Inside a compiled function
-            its lengths are not known: see there that it has room for `tokens`, pads included.
-        - `lengths`: how many of each row's tokens are real when rows are padded on the right; all
-            by default. The cache's lengths grow by this much.
-        - `last_only`: give the logits of each row's last real token only, as one position.
-        - `captures`, `edits`: what to keep and what to change; resolved against this model.
-        - `resume`: begin at a layer, without captures or cache. Edits below it are not made.
+    def layers(
+        self, start: int = 0, stop: int | None = None, backwards: bool = False
+    ) -> Generator[Block]:
+        order = range(self.config.n_layers)[start:stop]
+        for layer in order[::-1] if backwards else order:
+            yield self.block(jnp.int32(layer))
 
-        **Returns:** an `Output`.
+    def part(self, layer: int, choose: Callable[[Block], PyTree]) -> PyTree:
+        return _entry(choose(self.blocks), jnp.int32(layer))
 
-        **Raises:** `PromptError` if the cache is known to have no room for `tokens`.
-        """
-        if cache is not None:
-            check_room(cache, tokens.shape[1])
-        x, rows, before = self.ends.enter(tokens, cache, lengths, captures, edits)
-        if resume is None:
-            x, cache, within = self._run_blocks(x, rows, cache, captures, edits)
-        else:
-            assert cache is None and not captures, "resume goes with neither cache nor captures"
-            x, within = self._run_from(resume, rows, edits), {}
-        logits, after = self.ends.leave(x, rows, last_only, captures, edits)
-        return Output(logits, with_tokens(cache, rows), within | before | after)
+    def read_logits(self, groups: Sequence[Group], read: Read, mesh: Mesh) -> Iterator[np.ndarray]:
+        for tokens, numbers, lengths in groups:
+            pieces, (batch, n) = [], tokens.shape
+            cache = KVCache.empty(self.config, batch, n, self.dtype, mesh)
+            for start in range(0, n, PREFILL_PART):
+                part = slice(start, start + PREFILL_PART)
+                counts = np.clip(lengths - start, 0, PREFILL_PART).astype(np.int32)
+                arrays = jax.device_put((tokens[:, part], numbers[:, part], counts), P("data"))
+                cache, piece = _read_part(self, cache, *arrays, read)
+                pieces.append(piece)
+            yield np.concatenate(to_host(pieces), axis=1)
+
+    def shapes(self) -> "Grok":
+        return self
+
+    def digest(self) -> str:
+        sums = np.stack(to_host(jax.tree.leaves(_sums(self))))
+        return f"in memory, {hashlib.sha256(sums.tobytes()).hexdigest()[:32]}"
 
     def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
         """Show the arrays on a mesh that treescope can summarise them on."""
@@ -239,16 +84,18 @@ class Grok(eqx.Module):
             return NotImplemented
         return subtree_renderer(release(self), path=path)
 
-    def _run_blocks(
+    def _run_layers(
         self,
         x: Array,
         rows: Rows,
         cache: KVCache | None,
         captures: tuple[Capture, ...],
         edits: tuple[Change, ...],
+        resume: Resume | None,
     ) -> tuple[Array, KVCache | None, dict[str, Any]]:
         """Scan over the layers; captures of some layers only are written to buffers as they come."""
-
+        if resume is not None:
+            return self._run_from(resume, rows, edits), None, {}
         stacks, rest = eqx.partition(self.blocks, _is_quantised, is_leaf=_is_quantised)
 
         def run(carry, xs):
@@ -256,42 +103,70 @@ class Grok(eqx.Module):
             rest, layer = xs
             slots = jax.tree.map(lambda q: index(q, layer), stacks, is_leaf=_is_quantised)
             block = eqx.combine(slots, rest, is_leaf=_is_slot)
-            x, cache, captured = run_block(
-                block, x, rows, cache, layer, self.dtype, captures, edits
-            )
+            x, cache, captured = block(x, rows, cache, layer, self.dtype, captures, edits)
             return (x, cache), captured
 
-        layers = jnp.arange(self.config.n_layers)
-        some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
-        xs = (rest, layers)
-        if not some:
-            (x, cache), captured = jax.lax.scan(run, (x, cache), xs)
-            return x, cache, captured
-
-        def run_some(carry, xs):
+        def run_and_store(carry, xs):
             carry, buffers = carry
             carry, captured = run(carry, xs)
             buffers = {
-                key: _store(buffers[key], captured[key], wanted, xs[1])
+                key: _store(buffers[key], captured.pop(key), wanted, xs[1])
                 for key, wanted in some.items()
             }
-            rest = {key: value for key, value in captured.items() if key not in some}
-            return (carry, buffers), rest
+            return (carry, buffers), captured
 
-        first = jax.tree.map(lambda a: a[0], xs)
-        shapes = jax.eval_shape(run, (x, cache), first)[1]
-        buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
-        ((x, cache), buffers), captured = jax.lax.scan(run_some, ((x, cache), buffers), xs)
+        xs = (rest, jnp.arange(self.config.n_layers))
+        some = {c.key: c.layer_numbers for c in captures if c.layer_numbers is not None}
+        buffers = {}
+        if some:
+            shapes = jax.eval_shape(run, (x, cache), jax.tree.map(lambda a: a[0], xs))[1]
+            buffers = {key: _zeros(len(wanted), shapes[key]) for key, wanted in some.items()}
+        carry = ((x, cache), buffers)
+        ((x, cache), buffers), captured = jax.lax.scan(run_and_store, carry, xs)
         return x, cache, captured | buffers
 
     def _run_from(self, resume: Resume, rows: Rows, edits: tuple[Change, ...]) -> Array:
         """The layers from one on, in a loop of as many turns as there are."""
 
         def run(layer: Array, x: Array) -> Array:
-            return run_block(self.block(layer), x, rows, None, layer, self.dtype, (), edits)[0]
+            return self.block(layer)(x, rows, None, layer, self.dtype, (), edits)[0]
 
         x = jax.reshard(resume.resid_pre, P("data", None, None))
         return jax.lax.fori_loop(resume.layer, self.config.n_layers, run, x)
+
+
+@functools.partial(jax.jit, static_argnames=("read",), donate_argnames=("cache",))
+def _read_part(
+    model: Grok,
+    cache: KVCache,
+    tokens: Int[Array, "batch position"],
+    numbers: Int[Array, "batch position"],
+    counts: Int[Array, " batch"],
+    read: Read,
+) -> tuple[KVCache, Array]:
+    """Feed `tokens`, of which so many are real; what `read` makes of their logits."""
+    out = model(tokens, cache=cache, lengths=counts)
+    assert out.cache is not None
+    return out.cache, read(out.logits, numbers)
+
+
+@jax.jit
+def _entry(stacks: PyTree, layer: Array) -> PyTree:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), stacks)
+
+
+@jax.jit
+def _sums(model: Grok) -> PyTree:
+    """Two numbers of each array, which hardly any other array has."""
+
+    def sums(a: Array) -> Array:
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            kind = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+            a = jax.lax.bitcast_convert_type(a, kind)
+        a = a.astype(jnp.uint32)
+        return jnp.stack([jnp.sum(a), jnp.sum(a * a)])
+
+    return jax.tree.map(sums, model)
 
 
 def _is_quantised(x: Any) -> bool:
@@ -323,20 +198,6 @@ def _store(
         return jax.lax.dynamic_update_index_in_dim(b, new, slot, 0)
 
     return jax.tree.map(store, buffer, value)
-
-
-def check_room(cache: KVCache, n: int) -> None:
-    """Refuse tokens that would be written over others: writing beyond the end moves back.
-
-    **Raises:** `PromptError` if the cache is known to have no room for `n` more.
-    """
-    known = isinstance(cache.length, jax.Array) and not isinstance(cache.length, Tracer)
-    held = int(cache.length.max()) if known else 0
-    if held + n > cache.capacity:
-        raise PromptError(
-            f"cache: expected room for {n} more tokens, found {cache.capacity - held} of "
-            f"{cache.capacity} places free; make a cache of a larger capacity"
-        )
 
 
 def param_specs(config: GrokConfig, dtype: Any = jnp.bfloat16) -> Grok:

@@ -272,12 +272,12 @@ class _Case:
         tokens = along_batch(np.empty((self.batch, part), np.int32))
         one: Any = along_batch(np.empty(self.batch, np.int32))
         with jax.set_mesh(mesh):
-            prompt = prefill.lower(model, tokens, one, cache, settings, self.captures, ())
-            step = decode.lower(model, State(cache, one, None), settings, 1)
+            prompt: Any = prefill.lower(model, tokens, one, cache, settings, self.captures, ())
+            step: Any = decode.lower(model, State(cache, one, None), settings, 1)
             kept = {}
             if self.captures:
                 out = jax.eval_shape(
-                    lambda *a: prefill.jitted(*a, captures=self.captures, edits=()),
+                    lambda *a: prefill(*a, captures=self.captures, edits=()),
                     model, tokens, one, cache, settings,
                 )  # fmt: skip
                 kept = {c.key: out[2][c.key] for c in self.captures}

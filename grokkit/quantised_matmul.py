@@ -109,7 +109,7 @@ def on_cpu(
             return fast.product(x, jnp.array([0, rows]), *stack)
         blocks = -(-rows // fast.BLOCK)
         packed = fast.pack(jnp.pad(x, ((0, blocks * fast.BLOCK - rows), (0, 0))))
-        return fast.packed_product(packed, jnp.array([0, blocks]), *stack)[:rows]
+        return fast.product(packed, jnp.array([0, blocks]), *stack)[:rows]
 
     @multiply.defjvp
     def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:

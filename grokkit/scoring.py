@@ -1,9 +1,8 @@
 """Log-probabilities of given tokens: of a continuation, and of a long text by a sliding window."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
-from grokkit.config import GrokConfig
+from grokkit.abstract_model import Model
 from grokkit.errors import PromptError
 from grokkit.generate import PREFILL_PART, check_prompt, pad_right, padded_length
-from grokkit.kv_cache import KVCache
-from grokkit.model import Ends, Grok, Rows
-from grokkit.processes import is_first, to_host
-from grokkit.streamed_model import StreamedGrok
+from grokkit.processes import is_first
 
 Text = str | Sequence[str]
 
-_STREAMS = 1 << 30  # bytes of stream that may wait while a streamed model's layer is used
+_STREAMS = 1 << 30  # bytes of stream that may wait while a layer is used, where rows share a pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +46,7 @@ class Score:
 
 
 def score(
-    model: Grok | StreamedGrok,
+    model: Model,
     mesh: Mesh,
     encode: Callable[[str], list[int]],
     prompt: Text | Sequence[int],
@@ -130,7 +126,7 @@ def _joined(
 
 
 def perplexity(
-    model: Grok | StreamedGrok,
+    model: Model,
     mesh: Mesh,
     ids: Sequence[int],
     window: int | None = None,
@@ -189,103 +185,35 @@ def perplexity(
 
 
 def token_logprobs(
-    model: Grok | StreamedGrok, mesh: Mesh, rows: Sequence[Sequence[int]]
+    model: Model, mesh: Mesh, rows: Sequence[Sequence[int]]
 ) -> list[Float[np.ndarray, " position"]]:
     """Log-probability of every token but the first of each row, given those before it.
 
-    Rows may differ in length; they are run a few at a time, and long ones in parts. Of a streamed
-    model all share a pass, as far as memory allows.
+    Rows may differ in length; they are run a few at a time, and long ones in parts. Where passes are
+    dear all share one, as far as memory allows.
     """
     parts = mesh.shape["data"]
     size = padded_length(max(map(len, rows)), model.config.context_length)
     at_once = parts * min(max(1, PREFILL_PART // size), 1 << (len(rows) - 1).bit_length())
     groups = []
     for i in range(0, len(rows), at_once):
-        some = rows[i : i + at_once]
-        groups.append(_Group.of([*some, *[[]] * (at_once - len(some))], size, model.config))
-    run: Any = _run_streamed if isinstance(model, StreamedGrok) else _run
+        some = [*rows[i : i + at_once], *[[]] * (at_once - len(rows[i : i + at_once]))]
+        tokens = pad_right(some, size, model.config.pad_token)
+        targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        groups.append((tokens, targets, np.array([len(row) for row in some], np.int32)))
     together, values = _groups_a_pass(model, at_once * size), []
     with jax.set_mesh(mesh):
         for i in range(0, len(groups), together):
-            for pieces in run(model, mesh, groups[i : i + together]):
-                values += [*np.concatenate(pieces, axis=1)]
+            for found in model.read_logits(groups[i : i + together], _logprobs, mesh):
+                values += [*found]
     return [v[: len(row) - 1] for v, row in zip(values, rows, strict=False)]
 
 
-def _groups_a_pass(model: Grok | StreamedGrok, n_tokens: int) -> int:
+def _groups_a_pass(model: Model, n_tokens: int) -> int:
     """How many groups of so many tokens a pass takes."""
-    if not model.is_streamed:
+    if not model.shares_passes:
         return 1
     return max(1, _STREAMS // (4 * model.config.d_model * n_tokens))
-
-
-class _Group(NamedTuple):
-    """Rows that run at once."""
-
-    tokens: Int[np.ndarray, "batch position"]
-    targets: Int[np.ndarray, "batch position"]
-    lengths: Int[np.ndarray, " batch"]
-
-    @staticmethod
-    def of(rows: Sequence[Sequence[int]], size: int, config: GrokConfig) -> "_Group":
-        tokens = pad_right(rows, size, config.pad_token)
-        targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-        return _Group(tokens, targets, np.array([len(row) for row in rows], np.int32))
-
-
-def _run(model: Grok, mesh: Mesh, groups: Sequence[_Group]) -> list[list[np.ndarray]]:
-    """Log-probabilities of each group's targets, in parts of some positions."""
-    found = []
-    for tokens, targets, lengths in groups:
-        size, pieces = tokens.shape[1], []
-        part = min(PREFILL_PART, size)
-        cache = KVCache.empty(model.config, len(tokens), size, model.dtype, mesh)
-        for start in range(0, size, part):
-            counts = np.clip(lengths - start, 0, part).astype(np.int32)
-            arrays = (tokens[:, start : start + part], targets[:, start : start + part], counts)
-            on_rows = (jax.device_put(a, P("data")) for a in arrays)
-            cache, logprobs = _part(model, cache, *on_rows)
-            pieces.append(logprobs)
-        found.append(to_host(pieces))
-    return found
-
-
-def _run_streamed(
-    model: StreamedGrok, mesh: Mesh, groups: Sequence[_Group]
-) -> list[list[np.ndarray]]:
-    """As `_run`, in one pass."""
-    on_rows = [jax.device_put(tuple(group), P("data")) for group in groups]
-    streams = model.streams([(tokens, lengths) for tokens, _, lengths in on_rows])
-    found = []
-    for (_, targets, _), parts in zip(on_rows, streams, strict=True):
-        pieces, start = [], 0
-        for x, rows in parts:
-            of = targets[:, start : start + x.shape[1]]
-            pieces.append(to_host(_last(model.ends, x, rows, of)))
-            start += x.shape[1]
-        found.append(pieces)
-    return found
-
-
-@jax.jit
-def _last(
-    ends: Ends, x: Array, rows: Rows, targets: Int[Array, "batch position"]
-) -> Float[Array, "batch position"]:
-    return _logprobs(ends.leave(x, rows, False, (), ())[0], targets)
-
-
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _part(
-    model: Grok,
-    cache: KVCache,
-    tokens: Int[Array, "batch position"],
-    targets: Int[Array, "batch position"],
-    counts: Int[Array, " batch"],
-) -> tuple[KVCache, Float[Array, "batch position"]]:
-    """Feed `tokens`; the log-probability of each target in its token's place."""
-    out = model(tokens, cache=cache, lengths=counts)
-    assert out.cache is not None
-    return out.cache, _logprobs(out.logits, targets)
 
 
 def _logprobs(

@@ -34,6 +34,7 @@ from grokkit.checkpoint.manifest import read_json, write_json
 from grokkit.checkpoint.safetensors_file import DATA_TYPES, encode_header
 from grokkit.errors import CaptureError, CheckpointError
 from grokkit.file_lock import locked
+from grokkit.runtime.files import TEMPORARY, replacing
 
 MANIFEST = "captures.json"
 COMPLETE = "complete"
@@ -146,7 +147,7 @@ class Store:
         **Raises:** `CaptureError` if what is there was not begun by the same request.
         """
         folder = self.directory
-        for unfinished in folder.glob(".*.tmp"):
+        for unfinished in folder.glob(TEMPORARY):
             unfinished.unlink()
         if (folder / MANIFEST).exists():
             self.check_request()
@@ -214,8 +215,11 @@ class Store:
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator["CaptureFile"]:
         """A file of captures to fill; it gets its name when it is complete."""
-        path = self.directory / name
-        with self._room(), _replacing(path) as file:
+        with (
+            self._room(),
+            replacing(self.directory / name, durable=True) as temporary,
+            open(temporary, "wb") as file,
+        ):
             yield CaptureFile(file, self.header(name), self.files[name])
 
     @contextlib.contextmanager
@@ -389,23 +393,9 @@ def refused(where: Path, expected: str, found: str, remedy: str) -> CaptureError
     )
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_file(path: Path, pieces: list[Any]) -> None:
-    """Write a file, to a temporary name first."""
-    with _replacing(path) as file:
+    """Write a file, which is on the disk before it has its name."""
+    with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
         for piece in pieces:
             write(file, piece)
 

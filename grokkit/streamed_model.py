@@ -2,49 +2,42 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm.auto import tqdm
 
-from grokkit.checkpoint import Checkpoint
+from grokkit.abstract_model import PREFILL_PART, Group, Model, Read, Resume, Step
+from grokkit.checkpoint import Checkpoint, fingerprint
 from grokkit.checkpoint.loading import load_planned, plan_params
 from grokkit.checkpoint.streaming import LayerReader
-from grokkit.config import GrokConfig
 from grokkit.kv_cache import KVCache
-from grokkit.model import (
-    Block,
-    Ends,
-    Grok,
-    Output,
-    Resume,
-    Rows,
-    check_room,
-    run_block,
-    with_tokens,
-)
+from grokkit.layers.block import Block, Rows, run_layer
+from grokkit.layers.ends import Ends, enter
+from grokkit.model import Grok
+from grokkit.processes import to_host
+from grokkit.sharding import abstract
 from grokkit.taps import Capture, Change
 
-PREFILL_PART = 1024
-"""Tokens of a long prompt that are run at once."""
 _BAR_AFTER = 2.0
 """Seconds that a pass takes before its progress is shown."""
 
+_Parts = list[tuple[Array, Rows]]
+"""The stream [batch, position, d_model] in parts of some positions, with what belongs to each."""
 
-class StreamedGrok:
-    """What `Grok` is, with embedding and norms in memory and the layers on disk.
 
-    It is called as `Grok` is, but is no pytree: it cannot go into a compiled function. See
-    `grokkit.compiled` for functions that serve both.
-    """
+class StreamedGrok(Model):
+    """What `Grok` is, with embedding and norms in memory and the layers on disk."""
 
-    is_streamed: ClassVar[bool] = True
+    shares_passes: ClassVar[bool] = True
+    runs_ahead: ClassVar[bool] = False
 
     def __init__(
         self, checkpoint: Checkpoint, specs: Grok, mesh: Mesh, progress: bool = True
@@ -66,177 +59,165 @@ class StreamedGrok:
         plans: Any = plan_params(checkpoint, specs, mesh)
         self.reader = LayerReader(plans.blocks)
         self.name = checkpoint.directory.name
-        self.ends: Ends = load_planned(plans.ends, self.name, progress)
+        ends: Ends = load_planned(plans.ends, self.name, progress)
+        self.embedding, self.final_norm = ends.embedding, ends.final_norm
+        self.config, self.dtype = ends.config, ends.dtype
         self.progress = progress
 
-    @property
-    def config(self) -> GrokConfig:
-        """The model's sizes and constants."""
-        return self.ends.config
-
-    @property
-    def dtype(self) -> Any:
-        """What matrix products round their operands to."""
-        return self.ends.dtype
-
-    def __call__(
+    def _run_layers(
         self,
-        tokens: Int[Array, "batch position"],
-        *,
-        cache: KVCache | None = None,
-        lengths: Int[Array, " batch"] | None = None,
-        last_only: bool = False,
-        captures: tuple[Capture, ...] = (),
-        edits: tuple[Change, ...] = (),
-        resume: Resume | None = None,
-    ) -> Output:
-        """A pass over all layers; see `Grok.__call__`. `cache` is used up: go on with the result's.
-
-        All rows of the batch share the pass. Long prompts that go into a cache go through each
-        layer in parts, so that memory does not grow with their length.
-
-        **Raises:** `PromptError` if the cache has no room for `tokens`.
-        """
-        tokens = jnp.asarray(tokens)
-        if cache is not None:
-            check_room(cache, tokens.shape[1])
-        x, rows, captured = enter(self.ends, tokens, cache, lengths, captures, edits)
+        x: Array,
+        rows: Rows,
+        cache: KVCache | None,
+        captures: tuple[Capture, ...],
+        edits: tuple[Change, ...],
+        resume: Resume | None,
+    ) -> tuple[Array, KVCache | None, dict[str, Any]]:
+        """A pass, which uses stream and cache up. Long prompts that go into a cache go through each
+        layer in parts, so that memory does not grow with their length."""
         first = 0
         if resume is not None:
-            assert cache is None and not captures, "resume goes with neither cache nor captures"
             x, first = jax.reshard(resume.resid_pre, P("data", None, None)), int(resume.layer)
-        found: dict[str, dict[int, Any]] = {}
         parts = _cut(x, rows, whole=cache is None or bool(captures))
-        del x
-        layer, is_new = first, cache is not None and cache.is_new
-        with closing(self.reader.layers(first)) as blocks, self._bar(first) as bar:
-            for block in blocks:
-                wanted = tuple(c for c in captures if _is_in(c, layer))
-                for i, (part, its_rows) in enumerate(parts):
-                    if cache is not None:
-                        cache = dataclasses.replace(cache, is_new=is_new and i == 0)
-                    part, cache, ended, kept = run_layer(
-                        block, part, its_rows, cache, jnp.int32(layer), self.dtype, wanted, edits
-                    )
-                    parts[i] = part, its_rows
-                    for key, value in kept.items():
-                        found.setdefault(key, {})[layer] = value
-                # Each part takes the cache of the one before, so the last one ends last.
-                self.reader.is_used_until(ended)
+        found: dict[str, dict[int, Any]] = {}
+
+        def run(block: Block, layer: int) -> Array:
+            nonlocal cache
+            wanted = tuple(c for c in captures if c.is_in(layer))
+            cache, ended, kept = self._run_parts(block, layer, parts, cache, wanted, edits)
+            for key, value in kept.items():
+                found.setdefault(key, {})[layer] = value
+            return ended
+
+        self._each_layer(run, first)
+        x = parts[0][0] if len(parts) == 1 else jnp.concatenate([part for part, _ in parts], 1)
+        return x, cache, {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
+
+    def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = jax.tree.map(
+            lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, (args, kwargs)
+        )
+        plain: Any = program  # which the type checker does not know to have this
+        return plain.__wrapped__(self, *args, **kwargs)
+
+    def repeat(self, step: Step, carry: Any, n: int) -> tuple[Any, PyTree]:
+        kept = []
+        for _ in range(n):
+            carry, out = step(carry)
+            kept.append(out)
+        return carry, jax.tree.map(lambda *values: jnp.stack(values), *kept)
+
+    def layers(
+        self, start: int = 0, stop: int | None = None, backwards: bool = False
+    ) -> Generator[Block]:
+        return self.reader.layers(start, stop, backwards)
+
+    def part(self, layer: int, choose: Callable[[Block], PyTree]) -> PyTree:
+        return self.reader.part(layer, choose)
+
+    def read_logits(self, groups: Sequence[Group], read: Read, mesh: Mesh) -> Iterator[np.ndarray]:
+        """See `Model.read_logits`. All groups share the pass: one after the other goes through a
+        layer, with keys and values of that layer alone."""
+        one_layer = dataclasses.replace(self.config, n_layers=1)
+
+        def empty(tokens: Array) -> KVCache:
+            batch, n = tokens.shape
+            return KVCache.empty(one_layer, batch, n, self.dtype, mesh)
+
+        on_rows = [jax.device_put(group, P("data")) for group in groups]
+        streams: list[_Parts] = []
+        for tokens, _, lengths in on_rows:
+            x, rows, _ = enter(self.ends, tokens, empty(tokens), lengths, (), ())
+            streams.append(_cut(x, rows, whole=False))
+
+        def run(block: Block, layer: int) -> Array | None:
+            ended = None
+            for (tokens, *_), parts in zip(on_rows, streams, strict=True):
+                jax.block_until_ready(ended)  # one group's activations at a time
+                _, ended, _ = self._run_parts(block, 0, parts, empty(tokens))
+            return ended
+
+        self._each_layer(run)
+        for (_, numbers, _), parts in zip(on_rows, streams, strict=True):
+            pieces, start = [], 0
+            for x, rows in parts:
+                of_part = numbers[:, start : start + x.shape[1]]
+                pieces.append(to_host(_read(self.ends, x, rows, of_part, read)))
+                start += x.shape[1]
+            yield np.concatenate(pieces, axis=1)
+
+    def shapes(self) -> Grok:
+        return abstract(self.specs, self.mesh)
+
+    def digest(self) -> str:
+        return f"streamed from disk, {fingerprint(self.checkpoint)[:32]}"
+
+    def pass_nbytes(self) -> int:
+        return self.reader.nbytes
+
+    def read_rate(self) -> float:
+        return self.reader.rate()
+
+    def _each_layer(self, run: Callable[[Block, int], Array | None], first: int = 0) -> None:
+        """One pass. `run` takes each layer and its number, and returns what is there when nothing
+        uses the layer any more."""
+        with (
+            closing(self.layers(first)) as blocks,
+            tqdm(
+                initial=first, total=self.config.n_layers, desc=f"layers of {self.name}",
+                unit="layer", leave=False, delay=_BAR_AFTER, disable=not self.progress,
+            ) as bar,
+        ):  # fmt: skip
+            layer = first
+            for block in blocks:  # enumerate would hold on to the last one
+                self.reader.is_used_until(run(block, layer))
                 del block
                 layer += 1
                 bar.update()
-        x = parts[0][0] if len(parts) == 1 else jnp.concatenate([part for part, _ in parts], 1)
-        logits, last = leave(self.ends, x, rows, last_only, captures, edits)
-        within = {c.key: _stack(c, found.pop(c.key)) for c in captures if c.key in found}
-        return Output(logits, with_tokens(cache, rows), within | captured | last)
 
-    def streams(self, groups: Sequence[tuple[Array, Array]]) -> list[list[tuple[Array, Rows]]]:
-        """The stream after the last layer, of groups of rows that share one pass.
+    def _run_parts(
+        self,
+        block: Block,
+        layer: int,
+        parts: _Parts,
+        cache: KVCache | None,
+        captures: tuple[Capture, ...] = (),
+        edits: tuple[Change, ...] = (),
+    ) -> tuple[KVCache | None, Array, dict[str, Any]]:
+        """Take the stream through a layer, each part into the place of the one that came. Each takes
+        the cache of the one before, so that the last one ends last.
 
-        **Arguments:**
-
-        - `groups`: tokens of each [batch, position], and how many of each row are real [batch]. One
-            after the other goes through a layer, with keys and values of that layer alone.
-
-        **Returns:** for each group its stream [batch, position, d_model] and what `Ends.leave` needs
-        besides, in parts of some positions each.
+        **Returns:** the cache, what is there at the end, and what the last part's captures kept.
         """
-        one_layer = dataclasses.replace(self.config, n_layers=1)
-
-        def empty(shape: tuple[int, ...]) -> KVCache:
-            return KVCache.empty(one_layer, shape[0], shape[1], self.dtype, self.mesh)
-
-        entered = []
-        for tokens, lengths in groups:
-            x, rows, _ = enter(self.ends, tokens, empty(tokens.shape), lengths, (), ())
-            entered.append(_cut(x, rows, whole=False))
-            del x
-        with closing(self.reader.layers()) as blocks, self._bar(0) as bar:
-            for block in blocks:
-                ended: Array | None = None
-                for (tokens, _), parts in zip(groups, entered, strict=True):
-                    jax.block_until_ready(ended)  # one group's activations at a time
-                    cache = empty(tokens.shape)
-                    for i, (part, rows) in enumerate(parts):
-                        cache = dataclasses.replace(cache, is_new=i == 0)
-                        part, cache, ended, _ = run_layer(
-                            block, part, rows, cache, jnp.int32(0), self.dtype, (), ()
-                        )
-                        parts[i] = part, rows
-                self.reader.is_used_until(ended)
-                del block
-                bar.update()
-        return entered
-
-    def _bar(self, first: int) -> Any:
-        """Progress over the layers, shown if it takes long."""
-        return tqdm(
-            initial=first, total=self.reader.n_layers, desc=f"layers of {self.name}", unit="layer",
-            leave=False, delay=_BAR_AFTER, disable=not self.progress,
-        )  # fmt: skip
+        is_new = cache is not None and cache.is_new
+        for i, (x, rows) in enumerate(parts):
+            if cache is not None:
+                cache = dataclasses.replace(cache, is_new=is_new and i == 0)
+            x, cache, ended, kept = run_layer(
+                block, x, rows, cache, jnp.int32(layer), self.dtype, captures, edits
+            )
+            parts[i] = x, rows
+        if cache is not None:  # in the next layer
+            cache = dataclasses.replace(cache, is_new=is_new)
+        return cache, ended, kept
 
 
-@functools.partial(jax.jit, static_argnames=("captures",))
-def enter(
-    ends: Ends,
-    tokens: Array,
-    cache: KVCache | None,
-    lengths: Array | None,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[Array, Rows, dict[str, Any]]:
-    """`Ends.enter`, compiled."""
-    return ends.enter(tokens, cache, lengths, captures, edits)
+@functools.partial(jax.jit, static_argnames=("read",))
+def _read(
+    ends: Ends, x: Array, rows: Rows, numbers: Int[Array, "batch position"], read: Read
+) -> Array:
+    return read(ends.leave(x, rows, False, (), ())[0], numbers)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "captures"), donate_argnames=("x", "cache"))
-def run_layer(
-    block: Block,
-    x: Array,
-    rows: Rows,
-    cache: KVCache | None,
-    layer: Array,
-    dtype: Any,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[Array, KVCache | None, Array, dict[str, Any]]:
-    """`run_block`, compiled; stream and cache are used up. Before the captures it returns a few
-    numbers that nobody uses up: when they are there, it has ended."""
-    x, cache, kept = run_block(block, x, rows, cache, layer, dtype, captures, edits)
-    stream = P("data", None, None)
-    ended = jax.shard_map(lambda x: x[:1, :1, :1], in_specs=stream, out_specs=stream)(x)
-    return x, cache, ended, kept
-
-
-@functools.partial(jax.jit, static_argnames=("last_only", "captures"))
-def leave(
-    ends: Ends,
-    x: Array,
-    rows: Rows,
-    last_only: bool,
-    captures: tuple[Capture, ...],
-    edits: tuple[Change, ...],
-) -> tuple[Array, dict[str, Any]]:
-    """`Ends.leave`, compiled."""
-    return ends.leave(x, rows, last_only, captures, edits)
-
-
-def _cut(
-    x: Float[Array, "batch position d_model"], rows: Rows, whole: bool
-) -> list[tuple[Array, Rows]]:
-    """The stream in parts of some positions each, with what belongs to them."""
+def _cut(x: Float[Array, "batch position d_model"], rows: Rows, whole: bool) -> _Parts:
+    """The stream in parts; it is used up."""
     n = x.shape[1]
     if whole or n <= PREFILL_PART:
         return [(x, rows)]
-    return [
-        (x[:, part], dataclasses.replace(rows, positions=rows.positions[:, part]))
-        for part in (slice(start, start + PREFILL_PART) for start in range(0, n, PREFILL_PART))
-    ]
-
-
-def _is_in(capture: Capture, layer: int) -> bool:
-    return capture.layer_numbers is None or layer in capture.layer_numbers
+    slices = [slice(start, start + PREFILL_PART) for start in range(0, n, PREFILL_PART)]
+    parts = [(x[:, s], dataclasses.replace(rows, positions=rows.positions[:, s])) for s in slices]
+    x.delete()
+    return parts
 
 
 def _stack(capture: Capture, found: dict[int, PyTree]) -> PyTree:

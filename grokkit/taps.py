@@ -130,6 +130,10 @@ class Capture:
         """Which layers, as given; `None` for all."""
         return cast("tuple[int, ...] | None", self.layers)
 
+    def is_in(self, layer: int) -> bool:
+        """Whether it keeps something of a layer."""
+        return self.layer_numbers is None or layer in self.layer_numbers
+
     def resolve(self, n_layers: int, n_positions: int) -> "Capture":
         """The same with every layer and position counted from 0 and checked against the model."""
         layers = self.layer_numbers

@@ -13,7 +13,7 @@ import sentencepiece
 from helpers import forward, random_model
 
 import grokkit
-from grokkit.model import Output
+from grokkit.abstract_model import Output
 from grokkit.tokenizer import Tokenizer
 
 matplotlib.use("Agg")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 
+from grokkit.abstract_model import Output
 from grokkit.config import GrokConfig
-from grokkit.model import Grok, Output, param_specs, place
+from grokkit.model import Grok, param_specs, place
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec
 from grokkit.taps import Capture

@@ -120,7 +120,7 @@ def test_some_prompts_at_a_time(streamed, tokens, expected, tmp_path):
         found = write(streamed, tmp_path / "x", three, rows=2)
     finally:
         del streamed.runnable.reader.layers
-    assert passes == [(0, 12)]
+    assert passes == [(0, 12, False)]
     del found.entries["largest"]  # whose axes have no names
     for name, value in found.slice("batch", [0, 1]).items():
         assert relative_error(value, expected[name]) < 1e-6, name

@@ -16,6 +16,8 @@ import grokkit
 from grokkit import generate
 from grokkit.errors import ConfigError
 from grokkit.kv_cache import KVCache
+from grokkit.layers.block import run_layer
+from grokkit.layers.ends import enter, leave
 from grokkit.model import Grok, check_mesh, initialise, param_specs, place
 from grokkit.quant import QuantizedArray
 from grokkit.sampling import Rows
@@ -192,6 +194,36 @@ def test_lengths_hide_what_lies_beyond(odd_model, odd_tokens, odd_config):
     out = run_odd(odd_model, odd_tokens, lengths)
     assert relative_error(out.captured["pattern"], expected["pattern"]) < ROUNDING
     assert relative_error(out.logits, expected["logits"]) < ROUNDING
+
+
+# Layer by layer
+
+
+@pytest.mark.parametrize(
+    "start, stop, backwards", [(0, None, False), (3, 7, True), (12, 12, False)]
+)
+def test_layers_are_given_one_by_one(lm8, start, stop, backwards):
+    blocks = lm8.model.blocks
+    numbers = list(range(12))[start:stop]
+    with jax.set_mesh(lm8.mesh):
+        found = list(lm8.model.layers(start, stop, backwards))
+        assert len(found) == len(numbers)
+        for i, block in zip(numbers[::-1] if backwards else numbers, found, strict=True):
+            np.testing.assert_array_equal(block.moe.router, blocks.moe.router[i])
+            np.testing.assert_array_equal(block.moe.gate.read().weight, blocks.moe.gate.weight[i])
+            part = lm8.model.part(i, lambda b: (b.attn_norm, b.attention.out))
+            expected = jax.tree.map(lambda a, i=i: a[i], (blocks.attn_norm, blocks.attention.out))
+            jax.tree.map(np.testing.assert_array_equal, part, expected)
+
+
+def test_layers_run_one_by_one_give_the_pass(lm8, golden_arrays):
+    model, tokens = lm8.model, jnp.asarray(golden_arrays["tokens"])
+    with jax.set_mesh(lm8.mesh):
+        x, rows, _ = enter(model.ends, tokens, None, None, (), ())
+        for i, block in enumerate(model.layers()):
+            x = run_layer(block, x, rows, None, jnp.int32(i), model.dtype)[0]
+        logits, _ = leave(model.ends, x, rows, False, (), ())
+    assert relative_error(logits, lm8(tokens).logits) < 1e-6
 
 
 # In steps

@@ -84,8 +84,8 @@ def test_perplexity_is_that_of_the_sliding_window(n, window, stride, lm1, logpro
 
 
 def test_long_texts_are_run_in_parts(lm1, logprobs, monkeypatch):
-    monkeypatch.setattr("grokkit.scoring.PREFILL_PART", 16)
-    monkeypatch.setattr("grokkit.generate.PREFILL_PART", 16)
+    for module in ("scoring", "generate", "model"):
+        monkeypatch.setattr(f"grokkit.{module}.PREFILL_PART", 16)
     ids = np.random.default_rng(0).integers(4, 300, 42).tolist()
     expected = np.exp(-np.mean(logprobs(ids)))
     assert lm1.perplexity(ids) == pytest.approx(expected, rel=1e-4)

@@ -116,7 +116,7 @@ def test_the_same_tokens_are_drawn(streamed, resident, tokens, monkeypatch):
     monkeypatch.setattr(streamed_model, "PREFILL_PART", 8)
     prompts = [tokens[0].tolist(), tokens[1][:5].tolist(), tokens[1].tolist()]
     sampling = Sampling(temperature=[0.0, 0.8, 1.0], top_p=0.9, seed=3)
-    edits = streamed._resolve([grokkit.RouterTemperature(2.0, layers=5)], [8, 5, 8])
+    edits = streamed.resolve([grokkit.RouterTemperature(2.0, layers=5)], [8, 5, 8])
 
     passes = []
     layers = LayerReader.layers

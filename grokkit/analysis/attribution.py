@@ -15,7 +15,7 @@ A term is what a part writes directly. What it does through later layers is not 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -24,17 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from grokkit.activation_cache import ActivationCache
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
+from grokkit.layers.ends import Ends
 from grokkit.layers.rms_norm import RMSNorm
-from grokkit.model import Ends
 from grokkit.numerics import einsum32
 from grokkit.processes import to_host
 from grokkit.quant import QuantizedArray, dequantize
-from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Capture
 
 _WRITTEN = (
@@ -183,7 +182,7 @@ def router_attribution(
     total = np.einsum("bpte,bpe->bpt", sign, logits)
     stream = to_host(cache["stream"])[0]
     with jax.set_mesh(lm.mesh):
-        of_router = _weights(lm, layer, lambda b: (b.moe.router, b.moe_norm))
+        of_router = lm.runnable.part(layer, lambda b: (b.moe.router, b.moe_norm))
         direction = _router_direction(of_router, jnp.asarray(stream), jnp.asarray(sign))
     return _attribute(lm, cache, direction, total, places, layer + 1, False)
 
@@ -287,19 +286,6 @@ def _of_layer(
     return heads, einsum32("bpcd,bptd->bpct", shares, before, jnp.float32)
 
 
-def _weights(lm: LanguageModel, layer: int, choose: Callable[[Any], PyTree]) -> PyTree:
-    """Some of a layer's arrays, and no more of them read than that."""
-    model = lm.runnable
-    if isinstance(model, StreamedGrok):
-        return model.reader.part(layer, choose)
-    return _entry(choose(model.blocks), jnp.int32(layer))
-
-
-@jax.jit
-def _entry(stacks: PyTree, layer: Array) -> PyTree:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), stacks)
-
-
 def _attribute(
     lm: LanguageModel,
     cache: ActivationCache,
@@ -316,8 +302,8 @@ def _attribute(
         embed = to_host(_of_embed(direction, jax.device_put(used.pop("embed"), whole)))
         terms = []
         for layer in range(n_layers):
-            weights = _weights(
-                lm, layer, lambda b: (b.attention.out, b.attn_out_norm, b.moe_out_norm)
+            weights = lm.runnable.part(
+                layer, lambda b: (b.attention.out, b.attn_out_norm, b.moe_out_norm)
             )
             written = {name: value[layer] for name, value in used.items()}
             written = jax.device_put(written, whole)

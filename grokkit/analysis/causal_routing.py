@@ -8,6 +8,7 @@ are rows of one batch. The result is exact: it equals a full forward pass with t
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -15,21 +16,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from grokkit.compiled import compiled
+from grokkit.abstract_model import Model
 from grokkit.config import GrokConfig
-from grokkit.edits import Edit, ForbidExperts, ForceExperts, Replace, resolve
+from grokkit.edits import Edit, ForbidExperts, ForceExperts, Replace
 from grokkit.edits.routing import GatePolicy
 from grokkit.errors import GrokkitError, SiteError
 from grokkit.kv_cache import KVCache
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Grok
 from grokkit.processes import is_first, to_host
-from grokkit.streamed_model import StreamedGrok
 from grokkit.taps import Change
 
 
@@ -72,7 +70,7 @@ def next_token_losses(
     """
     ids, lengths = lm.prepare(tokens)
     with jax.set_mesh(lm.mesh):
-        losses = _losses(lm.runnable, ids, lengths, _on_mesh(lm, edits, lengths.tolist()))
+        losses = lm.runnable.run(_losses, ids, lengths, lm.resolve(edits, lengths.tolist()))
     return np.where(_scored(lm, ids, lengths), to_host(losses), np.nan)
 
 
@@ -140,15 +138,12 @@ def forced_choices(
         scored = scored & positions
     if not scored.any():
         raise GrokkitError("no position is left whose next token could be predicted")
-    n_data = lm.mesh.shape["data"]
-    if rows < 1 or rows % n_data:
-        raise GrokkitError(f"rows must be a positive multiple of the mesh's {n_data} 'data' "
-                           f"devices, found {rows}")  # fmt: skip
+    _check_rows(lm, rows)
 
     sets = expert_sets(config)
     with jax.set_mesh(lm.mesh):
         empty = KVCache.empty(config, len(ids), ids.shape[1], lm.runnable.dtype, lm.mesh)
-        cache, clean = _prefill(lm.runnable, ids, lengths, empty)
+        cache, clean = lm.runnable.run(_prefill, ids, lengths, empty)
         clean = np.where(scored, to_host(clean), np.nan)
         loss = np.full((*scored.shape, len(wanted), len(sets)), np.nan)
         places = np.argwhere(scored)
@@ -162,9 +157,9 @@ def forced_choices(
                 full = np.minimum(np.arange(rows), n - 1)
                 on = np.asarray(wanted)[i_layer[full], None] == np.arange(config.n_layers)
                 edit = ForceExperts(sets[i_set[full], None], gates, layers=on)
-                found = _decode(
-                    lm.runnable, cache, batch[full], position[full], ids[batch, position][full],
-                    ids[batch, position + 1][full], _on_mesh(lm, [edit], [1] * rows),
+                found = lm.runnable.run(
+                    _decode, cache, batch[full], position[full], ids[batch, position][full],
+                    ids[batch, position + 1][full], lm.resolve([edit], [1] * rows),
                 )  # fmt: skip
                 loss[batch, position, i_layer, i_set] = to_host(found)[:n]
                 bar.update(n)
@@ -234,10 +229,7 @@ def remove_experts(
     if method not in ("forbid", "zero"):
         raise GrokkitError(f"method must be 'forbid' or 'zero', found {method!r}")
     ids, lengths = lm.prepare(tokens)
-    n_data = lm.mesh.shape["data"]
-    if rows < 1 or rows % n_data:
-        raise GrokkitError(f"rows must be a positive multiple of the mesh's {n_data} 'data' "
-                           f"devices, found {rows}")  # fmt: skip
+    _check_rows(lm, rows)
     scored = _scored(lm, ids, lengths)
     if not scored.any(axis=1).all():
         raise GrokkitError("every sequence needs at least two tokens that are no pads")
@@ -246,8 +238,8 @@ def remove_experts(
         parts = []
         for start in range(0, len(ids), rows):
             taken = np.minimum(np.arange(start, start + rows), len(ids) - 1)
-            found = _losses(lm.runnable, ids[taken], lengths[taken],
-                            _on_mesh(lm, edits, lengths[taken].tolist()))  # fmt: skip
+            found = lm.runnable.run(_losses, ids[taken], lengths[taken],
+                            lm.resolve(edits, lengths[taken].tolist()))  # fmt: skip
             parts.append(to_host(found)[: len(ids) - start])
         return np.where(scored, np.concatenate(parts), 0).sum(axis=1) / scored.sum(axis=1)
 
@@ -282,25 +274,23 @@ def _cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-@compiled()
-def _losses(
-    model: Grok | StreamedGrok, ids: Array, lengths: Array, edits: tuple[Change, ...]
-) -> Array:
+@jax.jit
+def _losses(model: Model, ids: Array, lengths: Array, edits: tuple[Change, ...]) -> Array:
     out = model(ids, lengths=lengths, edits=edits)
     return _cross_entropy(out.logits[:, :-1], ids[:, 1:])
 
 
-@compiled(donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def _prefill(
-    model: Grok | StreamedGrok, ids: Array, lengths: Array, cache: KVCache
+    model: Model, ids: Array, lengths: Array, cache: KVCache
 ) -> tuple[KVCache | None, Array]:
     out = model(ids, cache=cache, lengths=lengths)
     return out.cache, _cross_entropy(out.logits[:, :-1], ids[:, 1:])
 
 
-@compiled()
+@jax.jit
 def _decode(
-    model: Grok | StreamedGrok,
+    model: Model,
     cache: KVCache,
     sequence: Int[Array, " row"],
     position: Int[Array, " row"],
@@ -340,6 +330,13 @@ def _scored(lm: LanguageModel, ids: np.ndarray, lengths: np.ndarray) -> np.ndarr
     return real[:, :-1] & real[:, 1:]
 
 
+def _check_rows(lm: LanguageModel, rows: int) -> None:
+    n_data = lm.mesh.shape["data"]
+    if rows < 1 or rows % n_data:
+        raise GrokkitError(f"rows must be a positive multiple of the mesh's {n_data} 'data' "
+                           f"devices, found {rows}")  # fmt: skip
+
+
 def _layers(config: GrokConfig, layers: Sequence[int] | None) -> tuple[int, ...]:
     wanted = range(config.n_layers) if layers is None else layers
     if len(wanted) == 0:
@@ -349,14 +346,6 @@ def _layers(config: GrokConfig, layers: Sequence[int] | None) -> tuple[int, ...]
             raise SiteError(f"layers: there is no {i}; there are {config.n_layers}, 0 to "
                             f"{config.n_layers - 1}")  # fmt: skip
     return tuple(int(i) % config.n_layers for i in wanted)
-
-
-def _on_mesh(
-    lm: LanguageModel, edits: Sequence[Edit], lengths: Sequence[int]
-) -> tuple[Change, ...]:
-    """Edits checked, as masks and whole on every device."""
-    resolved = resolve(edits, lm.config, lengths)
-    return jax.device_put(resolved, NamedSharding(lm.mesh, P())) if edits else ()
 
 
 def _chunks(

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -25,9 +24,10 @@ from tqdm.auto import tqdm
 
 from grokkit.errors import GrokkitError, PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Ends
+from grokkit.layers.ends import Ends
 from grokkit.numerics import einsum32
 from grokkit.processes import is_first, to_host
+from grokkit.runtime import files
 from grokkit.taps import SITES, Capture
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -76,12 +76,8 @@ class TunedLens(eqx.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""
         arrays = {"weight": np.asarray(self.weight), "bias": np.asarray(self.bias)}
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        try:
+        with files.replacing(path) as temporary:
             save_file(arrays, temporary, metadata={"tuned_lens": json.dumps({"site": self.site})})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TunedLens":

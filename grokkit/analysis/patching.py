@@ -8,7 +8,6 @@ gradient (Nanda, "Attribution patching", 2023; Syed et al., arXiv 2310.10348).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -19,23 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
+from grokkit.abstract_model import Model, Resume
 from grokkit.analysis.grids import Experts, Grid, Heads, Positions, Runs
-from grokkit.compiled import compiled
-from grokkit.edits import Add, resolve, site_shape
+from grokkit.edits import Add, site_shape
 from grokkit.errors import PromptError, SiteError
 from grokkit.language_model import LanguageModel, Tokens
-from grokkit.model import Block, Ends, Grok, Resume, Rows, run_block
+from grokkit.layers.block import Block, Rows
+from grokkit.layers.ends import Ends, enter
 from grokkit.processes import is_first, to_host
-from grokkit.streamed_model import StreamedGrok, enter
+from grokkit.taps import Capture, Change
 
 Metric = Callable[[Float[Array, "batch position vocab"]], Float[Array, " batch"]]
 """One number for each row, from the logits alone. Differentiable, for attribution patching. A
 plain function is part of the compiled program; of an `eqx.Module` the arrays are inputs, so that
 other values compile nothing. A metric whose attribute `last_only` is true gets the logits of the
 last position alone, as one position, which saves making the others."""
+
+_LEAVING = Capture("resid_post", layers=-1, name="leaving")
+"""The stream after the last layer."""
 
 __all__ = [
     "Experts", "Grid", "Heads", "LogitDifference", "Metric", "Positions", "Sweep",
@@ -145,13 +148,13 @@ def patch(
             # The last chunk repeats its last case, to keep one shape.
             chunk = np.minimum(np.arange(start, start + rows), len(cases) - 1)
             edit = grid.edit(runs, layers[chunk], cases[chunk])
-            edits = _on_every_device(lm, resolve([edit], lm.config, lengths))
+            edits = lm.resolve([edit], lengths.tolist())
             # Below the chunk's first layer its rows are the corrupted run.
             first = layers[start]
             stream = np.repeat(runs.corrupted["resid_pre"][first, None], rows, axis=0)
             resume = Resume(jnp.asarray(first), jnp.asarray(stream))
             with jax.set_mesh(lm.mesh):
-                found = to_host(_measure(lm.runnable, ids, lengths, edits, metric, resume))
+                found = to_host(lm.runnable.run(_measure, ids, lengths, edits, metric, resume))
             kept = min(rows, len(cases) - start)
             results.append(found[:kept])
             bar.update(kept)
@@ -188,88 +191,66 @@ def attribution_patch(
     ids = np.repeat(chosen, lm.mesh.shape["data"], axis=0)
     lengths = np.full(len(ids), runs.n_positions, np.int32)
     n = runs.n_positions
-    model, shape = lm.runnable, site_shape(grid.perturbed, lm.config, 1, n)
-    if not model.is_streamed:
-        shape = (lm.config.n_layers, *shape)  # something else for each layer
-    edit = Add(grid.perturbed, np.zeros(shape, np.float32))
-    (edit,) = _on_every_device(lm, resolve([edit], lm.config, lengths))
+    edit = Add(grid.perturbed, np.zeros(site_shape(grid.perturbed, lm.config, 1, n), np.float32))
+    (edit,) = lm.resolve([edit], lengths.tolist())
     with jax.set_mesh(lm.mesh):
-        if isinstance(model, StreamedGrok):
-            streams = (runs.clean if at == "clean" else runs.corrupted)["resid_pre"]
-            gradient = _streamed_gradient(model, ids, lengths, edit, metric, streams)
-        else:
-            gradient = to_host(_gradient(model, ids, lengths, edit, metric))
+        run = runs.clean if at == "clean" else runs.corrupted
+        gradient = _gradient(lm, ids, lengths, edit, metric, run)
     clean_value, corrupted_value = values
     estimate = np.float32(corrupted_value) + grid.project(gradient[:, 0], runs)
     return Sweep(estimate, clean_value, corrupted_value, grid.perturbed, grid.axis)
 
 
-@compiled(jit=eqx.filter_jit)
+@eqx.filter_jit
 def _measure(
-    model: Grok | StreamedGrok,
+    model: Model,
     ids: Array | np.ndarray,
     lengths: Array | np.ndarray,
     edits: tuple[Any, ...],
     metric: Metric,
     resume: Resume,
 ) -> Float[Array, " batch"]:
-    return _metric_of(model, ids, lengths, edits, metric, resume)
-
-
-def _metric_of(
-    model: Grok | StreamedGrok,
-    ids: Array | np.ndarray,
-    lengths: Array | np.ndarray,
-    edits: tuple[Any, ...],
-    metric: Metric,
-    resume: Resume | None = None,
-) -> Float[Array, " batch"]:
-    last_only = getattr(metric, "last_only", False)
     ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
-    out = model(ids, lengths=lengths, edits=edits, last_only=last_only, resume=resume)
+    out = model(ids, lengths=lengths, edits=edits, last_only=_last_only(metric), resume=resume)
+    return _of_logits(metric, out.logits)
+
+
+def _last_only(metric: Metric) -> bool:
+    return getattr(metric, "last_only", False)
+
+
+def _of_logits(metric: Metric, logits: Array) -> Float[Array, " batch"]:
     # Whole on every device, so that a metric may index as it likes.
-    return metric(jax.reshard(out.logits, P()))
+    return metric(jax.reshard(logits, P()))
 
 
-@eqx.filter_jit
 def _gradient(
-    model: Grok, ids: Array | np.ndarray, lengths: Array | np.ndarray, edit: Add, metric: Metric
-) -> Array:
-    """Derivative of the first row's metric by what is added at a site."""
-
-    def value(added: Array) -> Array:
-        moved = eqx.tree_at(lambda e: e.value, edit, added)
-        return _metric_of(model, ids, lengths, (moved,), metric)[0]
-
-    return jax.grad(value)(edit.value)
-
-
-def _streamed_gradient(
-    model: StreamedGrok,
+    lm: LanguageModel,
     ids: np.ndarray,
     lengths: np.ndarray,
-    edit: Add,
+    edit: Change,
     metric: Metric,
-    streams: Float[np.ndarray, "layer position d_model"],
+    run: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """As `_gradient`, from the last layer to the first.
+    """Derivative of the first row's metric by what is added at a site, from the last layer to the
+    first.
 
-    Each layer is run again from the stream that entered it, with what it may add a number of its
-    own, and the derivative by what leaves it is taken back to what enters it.
+    Each layer is run again from the stream that entered it, and the derivative by what leaves it is
+    taken back to what enters it. So little is kept, and layers may come from disk.
     """
-    ends, n_layers = model.ends, model.config.n_layers
-    layout = NamedSharding(model.mesh, P("data"))
-    _, rows, _ = enter(ends, ids, None, lengths, (), ())
-    pulled, found, layer = None, [], n_layers
-    with closing(model.reader.layers(backwards=True)) as blocks:
+    model, layout = lm.runnable, NamedSharding(lm.mesh, P("data"))
+
+    def on_rows(stream: Float[np.ndarray, "position d_model"]) -> Array:
+        return jax.device_put(np.repeat(stream[None], len(ids), axis=0), layout)
+
+    _, rows, _ = enter(model.ends, ids, None, lengths, (), ())
+    pulled = _of_metric(model.ends, on_rows(run[_LEAVING.key][0]), rows, metric)
+    found, layer = [], lm.config.n_layers
+    with closing(model.layers(backwards=True)) as blocks:
         for block in blocks:
             layer -= 1
-            x = np.repeat(streams[layer, None], len(ids), axis=0)
-            at = (rows, jnp.int32(layer), model.dtype, edit)
-            if pulled is None:
-                leaving = _leaving(block, jax.device_put(x, layout), edit.value, *at)
-                pulled = _of_metric(ends, leaving, rows, metric)
-            pulled, of_layer = _pull(block, jax.device_put(x, layout), pulled, *at)
+            x = on_rows(run["resid_pre"][layer])
+            pulled, of_layer = _pull(block, x, pulled, rows, jnp.int32(layer), model.dtype, edit)
             found.append(to_host(of_layer))
             jax.block_until_ready(pulled)
             del block
@@ -277,34 +258,27 @@ def _streamed_gradient(
 
 
 @eqx.filter_jit
-def _leaving(
-    block: Block, x: Array, added: Array, rows: Rows, layer: Array, dtype: Any, edit: Add
-) -> Array:
-    """The stream after a layer that adds something."""
-    moved = eqx.tree_at(lambda e: e.value, edit, added)
-    return run_block(block, x, rows, None, layer, dtype, (), (moved,))[0]
-
-
-@eqx.filter_jit
 def _of_metric(ends: Ends, x: Array, rows: Rows, metric: Metric) -> Array:
     """Derivative of the first row's metric by the stream after the last layer."""
 
     def value(x: Array) -> Array:
-        last_only = getattr(metric, "last_only", False)
-        logits, _ = ends.leave(x, rows, last_only, (), ())
-        return metric(jax.reshard(logits, P()))[0]
+        logits, _ = ends.leave(x, rows, _last_only(metric), (), ())
+        return _of_logits(metric, logits)[0]
 
     return jax.grad(value)(x)
 
 
 @eqx.filter_jit
 def _pull(
-    block: Block, x: Array, pulled: Array, rows: Rows, layer: Array, dtype: Any, edit: Add
+    block: Block, x: Array, pulled: Array, rows: Rows, layer: Array, dtype: Any, edit: Any
 ) -> tuple[Array, Array]:
-    """A derivative by what leaves a layer, as ones by what enters it and by what it adds."""
-    run = functools.partial(_leaving, block)
-    _, back = jax.vjp(lambda x, added: run(x, added, rows, layer, dtype, edit), x, edit.value)
-    return back(pulled)
+    """A derivative by what leaves a layer, as ones by what enters it and by what is added in it."""
+
+    def leaving(x: Array, added: Array) -> Array:
+        moved = eqx.tree_at(lambda e: e.value, edit, added)
+        return block(x, rows, None, layer, dtype, (), (moved,))[0]
+
+    return jax.vjp(leaving, x, edit.value)[1](pulled)
 
 
 def _both_runs(
@@ -318,16 +292,17 @@ def _both_runs(
             f"{ids[0].shape[1]} and {ids[1].shape[1]}; positions could not be matched"
         )
     sites = list(dict.fromkeys(("resid_pre", *grid.sites)))
+    names = [*sites, _LEAVING.key]
     kept, values = [], []
     for row in ids:
         tiled = np.repeat(row, lm.mesh.shape["data"], axis=0)
-        logits, cache = lm.run_with_cache(tiled, sites)
+        logits, cache = lm.run_with_cache(tiled, [*sites, _LEAVING])
         value = np.asarray(metric(jnp.asarray(to_host(logits[:1]))))
         if value.shape != (1,):
             raise PromptError(f"metric: expected one number for each row, shape (1,) for 1 row, "
                               f"found shape {value.shape}")  # fmt: skip
         values.append(float(value[0]))
-        kept.append({name: to_host(cache[name][:, 0]) for name in sites})
+        kept.append({name: to_host(cache[name][:, 0]) for name in names})
     n = ids[0].shape[1]
     return Runs(lm.config, n, *kept), ids[1], (values[0], values[1])
 
@@ -353,7 +328,3 @@ def _rows(lm: LanguageModel, n_positions: int, n_cases: int, rows: int | None) -
     chunks = -(-n_cases // rows)
     data = lm.mesh.shape["data"]
     return -(-n_cases // (chunks * data)) * data
-
-
-def _on_every_device(lm: LanguageModel, tree: PyTree) -> PyTree:
-    return jax.device_put(tree, NamedSharding(lm.mesh, P()))

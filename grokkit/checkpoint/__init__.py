@@ -5,8 +5,7 @@ A checkpoint is data: nothing in it is ever unpickled, imported or executed.
 
 from grokkit.checkpoint.converting import convert
 from grokkit.checkpoint.downloading import download
-from grokkit.checkpoint.fingerprint import fingerprint
-from grokkit.checkpoint.finite import NonFinite, check_content, check_finite, find_non_finite
+from grokkit.checkpoint.integrity import check_content, check_finite, fingerprint
 from grokkit.checkpoint.loading import load_params, stored_specs
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
@@ -19,7 +18,6 @@ __all__ = [
     "ArraySpan",
     "Checkpoint",
     "Entry",
-    "NonFinite",
     "TensorFile",
     "TensorKey",
     "check_content",
@@ -27,7 +25,6 @@ __all__ = [
     "convert",
     "download",
     "encoded_size",
-    "find_non_finite",
     "fingerprint",
     "load_params",
     "open_checkpoint",

@@ -14,12 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from tqdm.auto import tqdm
-
 from grokkit.checkpoint.dialect import INDEX
 from grokkit.checkpoint.manifest import (
-    MANIFEST,
     PROGRESS,
     FileRecord,
     check_digests,
@@ -35,20 +31,19 @@ from grokkit.checkpoint.official import CONFIG_FILE, TOKENIZER_FILE, Checkpoint
 from grokkit.checkpoint.opening import open_checkpoint
 from grokkit.checkpoint.plan_files import (
     SHARD_BYTES,
-    Piece,
     PlannedFile,
     choose_storages,
     index_of,
     plan_files,
 )
-from grokkit.checkpoint.refusal import check_target, refusal
-from grokkit.checkpoint.tensor_writer import atomic_file
+from grokkit.checkpoint.refusal import check_space, check_target, refusal
 from grokkit.errors import CheckpointError, ConfigError
+from grokkit.runtime.files import TEMPORARY, replacing
+from grokkit.runtime.progress import byte_bar
 
 LAYOUTS = ("official", "safetensors")
 DTYPES = ("int8", "bfloat16", "float32")
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SPARE = 1 << 20  # bytes for the small files
 
 
@@ -91,13 +86,15 @@ def convert(
     full; or if the verification finds a difference.
     """
     checkpoint = open_checkpoint(source)
-    to = _layout(checkpoint, to, dtype, experts)
-    _check_choices(dtype, experts, to)
+    if to is None:
+        is_8_bit = dtype in (None, "int8") and experts is None
+        to = "official" if checkpoint.layout == "safetensors" and is_8_bit else "safetensors"
+    _check_choices(to, dtype, experts)
     storages = choose_storages(checkpoint, to, dtype, experts, group_size)
     files = plan_files(checkpoint, to, storages, shard_bytes)
     target = Path(target).expanduser().absolute()
     if verify and target.is_dir() and any(target.iterdir()):
-        check_digests(target, _finished(target), progress)
+        check_digests(target, read_manifest(target, is_needed=True), progress)
         _verify(target, files, progress)
         return open_checkpoint(target)
     check_target(
@@ -105,44 +102,39 @@ def convert(
         "choose another name, or remove what is there; with --verify, a finished conversion is "
         "compared with its source",
     )
-    work = _Work(target, checkpoint, to, {p: str(s) for p, s in storages.items()}, shard_bytes)
-    work.resume(files, progress)
-    work.write(files, progress)
-    # Of a complete one nothing says any more what it was made of.
-    if verify or work.was_complete:
+    sources = {
+        str(path.relative_to(checkpoint.directory)): [n, path.stat().st_mtime_ns]
+        for path, n in sorted(checkpoint.files.items())
+    }
+    request = {
+        "source": str(checkpoint.directory),
+        "files of the source": sources,
+        "to": to,
+        "storage": {path: str(storage) for path, storage in storages.items()},
+        "shard_bytes": shard_bytes,
+    }
+    work = _Work(target, request, files)
+    work.resume(progress)
+    work.write(progress)
+    if verify:
         _verify(work.folder, files, progress)
-    work.finish(files)
+    work.finish(checkpoint, to)
     return open_checkpoint(target)
 
 
-def _layout(checkpoint: Checkpoint, to: str | None, dtype: str | None, experts: str | None) -> str:
-    if to is None:
-        back = checkpoint.layout == "safetensors" and dtype in (None, "int8") and experts is None
-        return "official" if back else "safetensors"
-    if to not in LAYOUTS:
-        raise ConfigError(f"to: expected one of {', '.join(LAYOUTS)}, found {to!r}")
-    return to
-
-
-def _check_choices(dtype: str | None, experts: str | None, to: str) -> None:
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    if experts not in (None, "int4"):
-        raise ConfigError(f"experts: expected int4, found {experts!r}")
+def _check_choices(to: str, dtype: str | None, experts: str | None) -> None:
+    for name, value, known in [
+        ("to", to, LAYOUTS),
+        ("dtype", dtype, (None, *DTYPES)),
+        ("experts", experts, (None, "int4")),
+    ]:
+        if value not in known:
+            choices = ", ".join(filter(None, known))
+            raise ConfigError(f"{name}: expected one of {choices}, found {value!r}")
     if experts and to == "official":
         raise ConfigError(
             "experts: the official layout has no 4-bit matrices; convert to safetensors"
         )
-
-
-def _finished(target: Path) -> dict[str, FileRecord]:
-    found = read_manifest(target)
-    if not found:
-        raise refusal(
-            target, "a finished conversion to verify", f"a directory without {MANIFEST}",
-            "choose another name, or remove what is there",
-        )  # fmt: skip
-    return found
 
 
 @dataclasses.dataclass
@@ -150,59 +142,37 @@ class _Work:
     """A conversion under way."""
 
     target: Path
-    checkpoint: Checkpoint
-    to: str
-    storages: dict[str, str]
-    shard_bytes: int
+    request: dict[str, Any]
+    """What must be the same for a conversion to go on where another stopped."""
+    files: list[PlannedFile]
     done: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
-    was_complete: bool = False
-    """Whether an earlier attempt had come to its end but for the directory's name."""
 
     @property
     def folder(self) -> Path:
         """Where files are until all are complete."""
         return self.target.with_name(f"{self.target.name}.partial")
 
-    def request(self) -> dict[str, Any]:
-        """What must be the same for a conversion to go on where another stopped."""
-        sources = {
-            str(path.relative_to(self.checkpoint.directory)): [n, os.stat(path).st_mtime_ns]
-            for path, n in sorted(self.checkpoint.files.items())
-        }
-        return {
-            "source": str(self.checkpoint.directory),
-            "files of the source": sources,
-            "to": self.to,
-            "storage": self.storages,
-            "shard_bytes": self.shard_bytes,
-        }
-
-    def resume(self, files: list[PlannedFile], progress: bool) -> None:
+    def resume(self, progress: bool) -> None:
         """Take over the files that an earlier attempt completed.
 
         **Raises:** `CheckpointError` if what is there is not the beginning of this conversion.
         """
         path = self.folder / PROGRESS
-        for unfinished in self.folder.rglob(".*.tmp"):
+        for unfinished in self.folder.rglob(TEMPORARY):
             unfinished.unlink()
         if not path.is_file():
-            if (self.folder / MANIFEST).is_file():  # cut off when its name alone was missing
-                self.done, self.was_complete = read_manifest(self.folder) or {}, True
-                if not {file.name for file in files} <= set(self.done):
-                    raise refusal(
-                        self.folder, "the beginning of the same conversion, to go on with",
-                        "all of another", "remove it to start anew, or choose another name",
-                    )  # fmt: skip
-                check_digests(self.folder, self.done, progress, what="checking what is there of")
-                return
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise refusal(
-                    self.folder, "nothing, or a conversion that was cut off", "something else",
+                    self.folder,
+                    "nothing, or a conversion that was cut off",
+                    "something else",
                     "remove it, or choose another name",
-                )  # fmt: skip
+                )
             return
         values = read_json(path)
-        different = [k for k, v in self.request().items() if values.get("request", {}).get(k) != v]
+        before = values.get("request")
+        before = before if isinstance(before, dict) else {}
+        different = [name for name, value in self.request.items() if before.get(name) != value]
         if different:
             raise refusal(
                 self.folder,
@@ -213,57 +183,38 @@ class _Work:
         self.done = records(path, values.get("files"))
         check_digests(self.folder, self.done, progress, what="checking what is there of")
 
-    def write(self, files: list[PlannedFile], progress: bool) -> None:
+    def write(self, progress: bool) -> None:
         """Write the files that are not there yet."""
-        left = [file for file in files if file.name not in self.done]
-        size = sum(file.size for file in left)
-        self._check_space(size)
-        self._begin()
-        with tqdm(
-            total=sum(file.size for file in files),
-            initial=sum(file.size for file in files) - size,
-            unit="B",
-            unit_scale=True,
-            desc=f"writing {self.target.name}",
-            disable=not progress,
-        ) as bar:
-            for file in left:
-                try:
-                    self.done[file.name] = write_file(self.folder / file.name, file, bar)
-                    self._note()
-                except OSError as e:
-                    raise self._cannot_write(file, files, e) from e
-
-    def _begin(self) -> None:
+        total = sum(file.size for file in self.files)
+        left = [file for file in self.files if file.name not in self.done]
+        needed = sum(file.size for file in left)
+        check_space(self.target.parent, needed + _SPARE)
         try:
             self.folder.mkdir(exist_ok=True)
             self._note()
         except OSError as e:
             raise refusal(
-                self.folder, "a directory that can be written", e.strerror or str(e),
+                self.folder,
+                "a directory that can be written",
+                e.strerror or str(e),
                 "choose another place, or see to its permissions",
-            ) from e  # fmt: skip
+            ) from e
+        with byte_bar(f"writing {self.target.name}", total, progress, total - needed) as bar:
+            for file in left:
+                try:
+                    self.done[file.name] = write_file(self.folder / file.name, file, bar)
+                    self._note()
+                except OSError as e:
+                    raise self._cannot_write(file, e) from e
 
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.target.parent).free
-        if free < needed + _SPARE:
-            raise refusal(
-                self.target.parent,
-                f"{needed + _SPARE:,} bytes free",
-                f"{free:,}",
-                f"free {needed + _SPARE - free:,} bytes, or choose another disk",
-            )
-
-    def _cannot_write(
-        self, file: PlannedFile, files: list[PlannedFile], error: OSError
-    ) -> CheckpointError:
-        total = sum(f.size for f in files)
+    def _cannot_write(self, file: PlannedFile, error: OSError) -> CheckpointError:
+        total = sum(f.size for f in self.files)
         complete = sum(record.size for record in self.done.values())
         again = (
             "run the same command again: it goes on after the last complete file; or remove "
             f"{self.folder.name}"
         )
-        if error.errno in _NO_ROOM:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return refusal(
                 self.folder,
                 f"room for {total:,} bytes",
@@ -279,59 +230,40 @@ class _Work:
 
     def _note(self) -> None:
         files = {name: dataclasses.asdict(record) for name, record in self.done.items()}
-        write_json(self.folder / PROGRESS, {"request": self.request(), "files": files})
+        write_json(self.folder / PROGRESS, {"request": self.request, "files": files})
 
-    def finish(self, files: list[PlannedFile]) -> None:
+    def finish(self, checkpoint: Checkpoint, to: str) -> None:
         """Write what is beside the tensors, the manifest last, and give the directory its name."""
-        small = []
-        if self.to == "official":
-            self.checkpoint.config.to_json(self.folder / CONFIG_FILE)
-            small.append(CONFIG_FILE)
+        small = [CONFIG_FILE if to == "official" else INDEX]
+        if to == "official":
+            checkpoint.config.to_json(self.folder / CONFIG_FILE)
         else:
-            write_json(self.folder / INDEX, index_of(files))
-            small.append(INDEX)
-        tokenizer = self.checkpoint.tokenizer_file
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, self.folder / TOKENIZER_FILE)
+            write_json(self.folder / INDEX, index_of(self.files))
+        if checkpoint.tokenizer_file is not None:
+            shutil.copyfile(checkpoint.tokenizer_file, self.folder / TOKENIZER_FILE)
             small.append(TOKENIZER_FILE)
+        found = {file.name: self.done[file.name] for file in self.files}
         for name in small:
             path = self.folder / name
-            self.done[name] = FileRecord(path.stat().st_size, sha256(path))
-        names = {file.name for file in files} | set(small)
-        found = {name: self.done[name] for name in names}
+            found[name] = FileRecord(path.stat().st_size, sha256(path))
         check_sizes(self.folder, found)
-        write_manifest(self.folder, self.to, found)
-        (self.folder / PROGRESS).unlink()
+        write_manifest(self.folder, to, found)
         os.replace(self.folder, self.target)
+        (self.target / PROGRESS).unlink()
 
 
 def write_file(path: Path, file: PlannedFile, bar: Any) -> FileRecord:
-    """Write one file, to a temporary name first.
-
-    **Arguments:**
-
-    - `path`: where.
-    - `file`: what.
-    - `bar`: is told the bytes as they are written.
-
-    **Returns:** its size and digest.
-    """
+    """Write one file, to a temporary name first; `bar` is told the bytes as they are written."""
     path.parent.mkdir(exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with atomic_file(path) as out:
-        for piece in file.pieces:
-            written = 0
-            for chunk in piece.chunks() if isinstance(piece, Piece) else [piece]:
-                data = memoryview(chunk) if isinstance(chunk, bytes) else _bytes(chunk)
+    digest = hashlib.sha256()
+    with replacing(path, durable=True) as temporary:
+        with open(temporary, "wb") as out:
+            for _, data in file.content():
                 digest.update(data)
                 write_chunk(out, data)
                 bar.update(len(data))
-                written += len(data)
-            if isinstance(piece, Piece) and written != piece.nbytes:
-                raise AssertionError(f"{piece.name}: {written} bytes of {piece.nbytes}")
-            size += written
-        out.flush()
-        os.fsync(out.fileno())
+        size = temporary.stat().st_size
+        assert size == file.size, f"{file.name}: {size} bytes of {file.size}"
     return FileRecord(size, digest.hexdigest())
 
 
@@ -340,41 +272,27 @@ def write_chunk(out: BinaryIO, data: memoryview) -> None:
     out.write(data)
 
 
-def _bytes(array: Any) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
 def _verify(folder: Path, files: list[PlannedFile], progress: bool) -> None:
     """Compare every tensor in the files with what the source says it must be."""
-    with tqdm(
-        total=sum(file.size for file in files),
-        unit="B",
-        unit_scale=True,
-        desc=f"verifying {folder.name.removesuffix('.partial')}",
-        disable=not progress,
-    ) as bar:
+    name = folder.name.removesuffix(".partial")
+    with byte_bar(f"verifying {name}", sum(file.size for file in files), progress) as bar:
         for file in files:
             path = folder / file.name
-            if not path.is_file() or path.stat().st_size != file.size:
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.size:
                 raise refusal(
-                    path, f"a file of {file.size:,} bytes, as this conversion writes it",
-                    f"{path.stat().st_size:,} bytes" if path.is_file() else "none",
+                    path,
+                    f"a file of {file.size:,} bytes, as this conversion writes it",
+                    "none" if size is None else f"{size:,} bytes",
                     "verify with the options that the conversion was made with, or convert again",
-                )  # fmt: skip
-            _verify_file(path, file, bar)
-
-
-def _verify_file(path: Path, file: PlannedFile, bar: Any) -> None:
-    with open(path, "rb") as found:
-        for piece in file.pieces:
-            name = piece.name if isinstance(piece, Piece) else "the header"
-            for chunk in piece.chunks() if isinstance(piece, Piece) else [piece]:
-                data = memoryview(chunk) if isinstance(chunk, bytes) else _bytes(chunk)
-                if found.read(len(data)) != data:
-                    raise refusal(
-                        path,
-                        f"{name} as in the source",
-                        "other values",
-                        "convert again; if this happens twice, suspect the disk or the memory",
-                    )
-                bar.update(len(data))
+                )
+            with open(path, "rb") as found:
+                for array, data in file.content():
+                    if found.read(len(data)) != data:
+                        raise refusal(
+                            path,
+                            f"{array} as in the source",
+                            "other values",
+                            "convert again; if this happens twice, suspect the disk or the memory",
+                        )
+                    bar.update(len(data))

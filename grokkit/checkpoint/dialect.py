@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from grokkit.checkpoint.manifest import MANIFEST, check_finished, check_sizes, read_manifest
+from grokkit.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.safetensors_file import SafetensorsFile, read_safetensors
+from grokkit.checkpoint.safetensors_file import Arrays, SafetensorsFile, read_safetensors
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan, TensorFile
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
@@ -89,26 +89,9 @@ def is_dialect(file: SafetensorsFile) -> bool:
     return file.metadata.get("format") == FORMAT
 
 
-def open_dialect(directory: Path, config: GrokConfig | None = None) -> Checkpoint:
-    """Open a checkpoint in grokkit's own safetensors layout. No weight is read.
-
-    **Arguments:**
-
-    - `directory`: that holds the files.
-    - `config`: the model's sizes, which must then be those of the files.
-
-    **Raises:** `CheckpointError` if a file is missing, damaged, of another size than the manifest
-    says, or holds something other than the configuration demands.
-    """
-    check_finished(directory)
-    records = read_manifest(directory)
-    if not records:
-        raise refusal(
-            directory,
-            f"a finished conversion: one with a {MANIFEST}",
-            f"no {MANIFEST}",
-            "run the same `grokkit convert` again: it goes on where it stopped",
-        )
+def open_dialect(directory: Path, config: GrokConfig | None) -> Checkpoint:
+    """Open a checkpoint in grokkit's own safetensors layout, as `open_checkpoint` does."""
+    records = read_manifest(directory, is_needed=True)
     check_sizes(directory, records)
     files = [read_safetensors(directory / n) for n in sorted(records) if n.endswith(SUFFIX)]
     if not files:
@@ -123,19 +106,11 @@ def open_dialect(directory: Path, config: GrokConfig | None = None) -> Checkpoin
             )
     found, storages = _read_metadata(files[0])
     if config is not None and config != found:
-        raise refusal(
-            files[0].path, f"{config}", f"{found}", "leave the configuration to the files"
-        )
-    where = {name: (file, span) for file in files for name, span in file.spans.items()}
-    entries = tuple(Entry(key, _tensor(key, storages, where, directory)) for key in
-                    tensor_keys(found))  # fmt: skip
-    if where:
-        raise refusal(
-            directory,
-            "the arrays of this configuration",
-            f"{', '.join(sorted(where)[:3])} besides",
-            _AGAIN,
-        )
+        remedy = "leave the configuration to the files"
+        raise refusal(files[0].path, f"{config}", f"{found}", remedy)
+    arrays = Arrays(directory, files, _AGAIN)
+    entries = tuple(Entry(key, _tensor(key, storages, arrays)) for key in tensor_keys(found))
+    arrays.check_all_taken("the arrays of this configuration")
     return Checkpoint(directory, found, entries, "safetensors")
 
 
@@ -165,33 +140,22 @@ def _storage(text: Any) -> Storage:
     return Storage(FLOATS[name])
 
 
-def _tensor(
-    key: TensorKey,
-    storages: dict[str, Storage],
-    where: dict[str, tuple[SafetensorsFile, ArraySpan]],
-    directory: Path,
-) -> TensorFile:
-    """Take a parameter's arrays out of `where`, checked."""
-    if key.path not in storages:
-        raise refusal(directory, f"how {key.path} is stored", "nothing on it", _AGAIN)
-    storage = storages[key.path]
-    if storage.groups is not None and (key.scales_shape is None or key.shape[-2] % storage.groups):
-        raise refusal(directory, f"a way to store {key.path}, {key}", str(storage), _AGAIN)
-    found = []
-    for name, (dtype, shape) in stored_arrays(key, storage).items():
-        file, span = where.pop(name, (None, None))
-        if file is None or span is None:
-            raise refusal(directory, f"an array {name}", "none of this name", _AGAIN)
-        if (span.dtype, span.shape) != (dtype, shape):
-            raise refusal(file.path, f"{name}: {ArraySpan(dtype, shape, 0)}", str(span), _AGAIN)
-        found.append((file, span))
-    if storage.groups is None:
-        file, span = found[0]
-        return TensorFile(file.path, file.size, span)
-    (file, scales), (other, weight) = found
-    if file.path != other.path:
-        raise refusal(other.path, f"{key.path} with its scales", "no scales", _AGAIN)
+def _tensor(key: TensorKey, storages: dict[str, Storage], arrays: Arrays) -> TensorFile:
+    """Take a parameter's arrays, checked."""
+    storage = storages.get(key.path)
+    if storage is None:
+        raise refusal(arrays.directory, f"how {key.path} is stored", "nothing on it", _AGAIN)
+    groups = storage.groups
+    if groups is not None and (key.scales_shape is None or groups < 1 or key.shape[-2] % groups):
+        expected = f"a way to store {key.path}, {key}"
+        raise refusal(arrays.directory, expected, str(storage), _AGAIN)
+    stored = stored_arrays(key, storage)
+    *scales, file = [arrays.take(name, shape, dtype) for name, (dtype, shape) in stored.items()]
+    if not scales:
+        return file
+    if scales[0].path != file.path:
+        raise refusal(file.path, f"{key.path} with its scales", "no scales", _AGAIN)
+    weight = file.weight
     if storage.dtype == INT4:
-        shape = (*weight.shape[:-1], 2 * weight.shape[-1])
-        weight = ArraySpan(INT4, shape, weight.offset)
-    return TensorFile(file.path, file.size, weight, scales, k_last=True)
+        weight = ArraySpan(INT4, (*weight.shape[:-1], 2 * weight.shape[-1]), weight.offset)
+    return TensorFile(file.path, file.size, weight, scales[0].weight, k_last=True)

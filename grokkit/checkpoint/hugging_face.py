@@ -6,7 +6,6 @@ The experts' `linear` goes through the GELU, `linear_v` multiplies it, `linear_1
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from grokkit.checkpoint.dialect import FLOATS
 from grokkit.checkpoint.manifest import read_json
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.safetensors_file import SafetensorsFile
+from grokkit.checkpoint.safetensors_file import Arrays, SafetensorsFile
 from grokkit.checkpoint.tensor_file import ArraySpan, StackedTensors, TensorFile
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
@@ -67,7 +67,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 }
 # Where a port says nothing, its code takes these, which are Grok-1's.
 _OPTIONAL = {"attention_softcap", "rope_base", "norm_eps", "pad_token", "eos_token"}
-_CHUNK = 1 << 22  # entries compared at a time
+_CHUNK = 1 << 24  # bytes compared at a time
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:
@@ -76,41 +76,21 @@ def is_hugging_face(names: Iterable[str]) -> bool:
 
 
 def open_hugging_face(
-    directory: Path, files: list[SafetensorsFile], config: GrokConfig | None = None
+    directory: Path, files: list[SafetensorsFile], config: GrokConfig | None
 ) -> Checkpoint:
-    """Open a port's checkpoint. No weight is read but the unembedding, if there is one.
+    """Open a port's checkpoint, as `open_checkpoint` does.
 
-    **Arguments:**
-
-    - `directory`: that holds the files.
-    - `files`: its safetensors files.
-    - `config`: the model's sizes; by default those of `config.json`.
-
-    **Raises:** `CheckpointError` if an array is missing, extra or of another shape than the sizes
-    demand, or if the unembedding is not the embedding: Grok-1's are one; `ConfigError` for a
-    `config.json` that does not describe a Grok-1.
+    Of the weights only the unembedding is read, if there is one: it must be the embedding again.
     """
     _check_index(directory, files)
     config = read_config(directory / CONFIG_FILE) if config is None else config
-    where: dict[str, TensorFile] = {}
-    for file in files:
-        for name, span in file.spans.items():
-            if name in where:
-                raise refusal(file.path, f"{name} once", f"it in {where[name].path.name} too",
-                              "remove the files of another download")  # fmt: skip
-            where[name] = TensorFile(file.path, file.size, span, k_last=len(span.shape) == 2)
-    entries = tuple(Entry(key, _tensor(key, where, directory)) for key in tensor_keys(config))
-    head = where.pop(_HEAD, None)
-    rest = [name for name in where if not _IGNORED.fullmatch(name)]
-    if rest:
-        raise refusal(
-            directory,
-            f"the arrays of a Grok-1 of {config.n_layers} layers",
-            f"{', '.join(sorted(rest)[:3])} besides",
-            f"check that {CONFIG_FILE} describes this checkpoint",
-        )
-    if head is not None:
-        _check_tied(head, next(e for e in entries if e.key.path == "embedding.weight"))
+    remedy = f"check that all files are there, and that {CONFIG_FILE} describes this checkpoint"
+    arrays = Arrays(directory, files, remedy)
+    entries = tuple(Entry(key, _tensor(key, arrays)) for key in tensor_keys(config))
+    if _HEAD in arrays.left:
+        _check_tied(arrays.left.pop(_HEAD), entries[0].file)
+    arrays.left = {k: v for k, v in arrays.left.items() if not _IGNORED.fullmatch(k)}
+    arrays.check_all_taken(f"the arrays of a Grok-1 of {config.n_layers} layers")
     return Checkpoint(directory, config, entries, "hugging face")
 
 
@@ -166,60 +146,34 @@ def _check_index(directory: Path, files: list[SafetensorsFile]) -> None:
         )
 
 
-def _tensor(
-    key: TensorKey, where: dict[str, TensorFile], directory: Path
-) -> TensorFile | StackedTensors:
-    """Take a parameter's arrays out of `where`, checked."""
-    pattern = _NAMES[key.path]
+def _tensor(key: TensorKey, arrays: Arrays) -> TensorFile | StackedTensors:
+    """Take a parameter's arrays, checked."""
+    pattern, floats = _NAMES[key.path], FLOATS.values()
     if "{expert}" not in pattern:
-        shape = key.shape[::-1] if key.path not in ("embedding.weight",) else key.shape
-        found = _take(pattern.format(layer=key.layer), shape, where, directory)
-        k_last = len(shape) == 2 and key.path != "embedding.weight"
-        return dataclasses.replace(found, k_last=k_last)
+        is_matrix = len(key.shape) == 2 and key.path != "embedding.weight"
+        shape = key.shape[::-1] if is_matrix else key.shape
+        found = arrays.take(pattern.format(layer=key.layer), shape, *floats)
+        return dataclasses.replace(found, k_last=is_matrix)
     n_experts, k, n = key.shape
-    names = [pattern.format(layer=key.layer, expert=e) for e in range(n_experts)]
-    parts = tuple(_take(name, (n, k), where, directory) for name in names)
-    for name, part in zip(names, parts, strict=True):
-        if part.weight.dtype != parts[0].weight.dtype:
-            raise refusal(
-                part.path, f"{name} in {parts[0].weight.dtype.name}, as {names[0]}",
-                part.weight.dtype.name, "convert all of them to one dtype",
-            )  # fmt: skip
-    return StackedTensors(parts)
+    parts = []
+    for expert in range(n_experts):
+        # All are of the first one's dtype.
+        dtypes = [parts[0].weight.dtype] if parts else floats
+        found = arrays.take(pattern.format(layer=key.layer, expert=expert), (n, k), *dtypes)
+        parts.append(dataclasses.replace(found, k_last=True))
+    return StackedTensors(tuple(parts))
 
 
-def _take(
-    name: str, shape: tuple[int, ...], where: dict[str, TensorFile], directory: Path
-) -> TensorFile:
-    file = where.pop(name, None)
-    if file is None:
-        raise refusal(
-            directory, f"an array {name}", "none of this name",
-            f"check that all files are there, and that {CONFIG_FILE} describes this checkpoint",
-        )  # fmt: skip
-    if file.weight.shape != shape or file.weight.dtype.kind not in "fV":
-        raise refusal(
-            file.path, f"{name}: floats of shape {shape}", str(file.weight),
-            f"check that {CONFIG_FILE} describes this checkpoint",
-        )  # fmt: skip
-    return file
-
-
-def _check_tied(head: TensorFile, embedding: Entry) -> None:
-    file = embedding.file
-    span = file.weight
-    same = (head.weight.shape, head.weight.dtype) == (span.shape, span.dtype)
-    if same:
-        # As bits: what is not a number equals itself here.
-        bits = np.dtype(f"u{span.dtype.itemsize}")
-        flat = (math.prod(span.shape),)
-        a, b = (
-            f.open(ArraySpan(bits, flat, f.weight.offset)) for f in (head, file)
-        )  # fmt: skip
-        same = all(
-            np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, flat[0], _CHUNK)
-        )
-    if not same:
+def _check_tied(head: TensorFile, embedding: TensorFile | StackedTensors) -> None:
+    assert isinstance(embedding, TensorFile)
+    # As bytes: what is not a number equals itself here.
+    a, b = (
+        file.open(ArraySpan(np.dtype(np.uint8), (file.weight.nbytes,), file.weight.offset))
+        for file in (head, embedding)
+    )
+    if str(head) != str(embedding) or not all(
+        np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, a.shape[0], _CHUNK)
+    ):
         raise refusal(
             head.path,
             f"{_HEAD} equal to {_NAMES['embedding.weight']}: Grok-1's unembedding is its embedding",

@@ -1,23 +1,22 @@
 """The list of a conversion's files, with the size and SHA-256 of each.
 
-It is written when every file is complete, and is what tells a finished conversion from one that
-was cut off.
+It is written when every file is complete: a finished conversion has one.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from grokkit.checkpoint.refusal import refusal
+from grokkit.runtime.files import write
+from grokkit.runtime.progress import byte_bar
 
 MANIFEST = "manifest.json"
 PROGRESS = "conversion.json"
-"""What a conversion has completed so far; it is there until all is."""
+"""What a conversion has completed so far; without a manifest beside it, not all."""
 FORMAT = "grokkit"
 VERSION = 1
 
@@ -36,32 +35,26 @@ class FileRecord:
 
 
 def write_manifest(directory: Path, layout: str, files: dict[str, FileRecord]) -> None:
-    """Write a directory's manifest, at once or not at all.
-
-    **Arguments:**
-
-    - `directory`: what the files' names are relative to.
-    - `layout`: `"official"` or `"safetensors"`.
-    - `files`: each file's record, by its name.
-    """
-    write_json(
-        directory / MANIFEST,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "layout": layout,
-            "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
-        },
-    )
+    """Write the manifest of a directory in one of the layouts, with its files by name."""
+    of_files = {name: dataclasses.asdict(files[name]) for name in sorted(files)}
+    values = {"format": FORMAT, "version": VERSION, "layout": layout, "files": of_files}
+    write_json(directory / MANIFEST, values)
 
 
-def read_manifest(directory: Path) -> dict[str, FileRecord]:
-    """The records of a directory's files; none if it has no manifest.
+def read_manifest(directory: Path, is_needed: bool = False) -> dict[str, FileRecord]:
+    """The records of a directory's files; none if it has no manifest, and none is needed.
 
     **Raises:** `CheckpointError` for a manifest that is not one of grokkit's.
     """
     path = directory / MANIFEST
     if not path.exists():
+        if is_needed:
+            raise refusal(
+                directory,
+                f"a finished conversion: one with a {MANIFEST}",
+                f"no {MANIFEST}",
+                "convert again, to the same name if it was cut off: it goes on where it stopped",
+            )
         return {}
     values = read_json(path)
     if values.get("format") != FORMAT or values.get("version") != VERSION:
@@ -91,7 +84,7 @@ def check_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
     """**Raises:** `CheckpointError` for a file that is missing or of another size."""
     for name, record in files.items():
         path = directory / name
-        size = os.stat(path).st_size if path.is_file() else None
+        size = path.stat().st_size if path.is_file() else None
         if size != record.size:
             raise refusal(
                 path,
@@ -103,53 +96,55 @@ def check_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
 
 def check_finished(directory: Path) -> None:
     """**Raises:** `CheckpointError` for what a conversion that was cut off left."""
-    if (directory / PROGRESS).exists():
+    if (directory / PROGRESS).exists() and not (directory / MANIFEST).exists():
         raise refusal(
-            directory, "a finished conversion", f"one that was cut off: {PROGRESS} is still there",
+            directory,
+            "a finished conversion",
+            f"one that was cut off: {PROGRESS} is there, and no {MANIFEST}",
             "run the same `grokkit convert` again: it goes on where it stopped",
-        )  # fmt: skip
+        )
 
 
 def check_digests(
     directory: Path, files: dict[str, FileRecord], progress: bool = True, what: str = "checking"
 ) -> None:
-    """Read every file and compare its SHA-256.
-
-    **Arguments:**
-
-    - `directory`, `files`: as `read_manifest` has them.
-    - `progress`: show a progress bar, in bytes.
-    - `what`: what the bar begins with.
+    """Read a directory's files, with a progress bar that begins with `what`, and compare digests.
 
     **Raises:** `CheckpointError` for a file that is missing, of another size, or altered.
     """
     check_sizes(directory, files)
-    with tqdm(
-        total=sum(record.size for record in files.values()),
-        unit="B",
-        unit_scale=True,
-        desc=f"{what} {directory.name}",
-        disable=not progress,
-    ) as bar:
-        for name, record in files.items():
-            found = sha256(directory / name, bar)
-            if found != record.sha256:
-                raise refusal(
-                    directory / name,
-                    f"the content that was written: sha256 {record.sha256[:16]}...",
-                    f"altered content: sha256 {found[:16]}...",
-                    _AGAIN,
-                )
+    expected = {directory / name: record.sha256 for name, record in files.items()}
+
+    def compare(path: Path, found: str) -> None:
+        if found != expected[path]:
+            raise refusal(
+                path,
+                f"the content that was written: sha256 {expected[path][:16]}...",
+                f"altered content: sha256 {found[:16]}...",
+                _AGAIN,
+            )
+
+    read_digests(expected, f"{what} {directory.name}", progress, compare)
 
 
-def sha256(path: Path, bar: Any = None) -> str:
-    """SHA-256 of a file, in hexadecimal; `bar` is told the bytes as they are read."""
+def read_digests(
+    paths: Collection[Path], what: str, progress: bool, use: Callable[[Path, str], None]
+) -> None:
+    """Read files one after the other, with a progress bar that begins with `what`, and call `use`
+    with each one and its SHA-256."""
+    with byte_bar(what, sum(path.stat().st_size for path in paths), progress) as bar:
+        for path in paths:
+            use(path, sha256(path, bar.update))
+
+
+def sha256(path: Path, count: Callable[[int], Any] | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal; `count` is told the bytes as they are read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-            if bar is not None:
-                bar.update(len(chunk))
+            if count is not None:
+                count(len(chunk))
     return digest.hexdigest()
 
 
@@ -165,10 +160,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file, to a temporary name first."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a JSON file, which is on the disk before it has its name."""
+    write(path, json.dumps(values, indent=1) + "\n", durable=True)

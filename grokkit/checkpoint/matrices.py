@@ -4,7 +4,6 @@ Whatever the parameter's size, one block of it is in memory; when it is being ro
 its scales too.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +40,7 @@ class Conversion:
 
         - `entry`: the parameter.
         - `storage`: how it is to be stored.
-        - `k_last`: whether a matrix is to lie as [..., n, k] instead of [..., k, n].
+        - `k_last`: whether a matrix is to be stored as [..., n, k] instead of [..., k, n].
         """
         self.entry, self.storage, self.k_last = entry, storage, k_last
         self.now = stored_as(entry)
@@ -55,23 +54,33 @@ class Conversion:
             yield np.asarray(file.open(file.weight)).astype(self.storage.dtype)
             return
         *lead, k, n = shape
-        copied = self.storage == self.now
-        entries = _COPIED if copied else _COMPUTED
+        n_rows, length = (n, k) if self.k_last else (k, n)  # of the new matrix
+        size = (_COPIED if self.storage == self.now else _COMPUTED) // length
         for place in np.ndindex(*lead):
-            if self.k_last:
-                for columns in _ranges(n, max(entries // k, 1)):
-                    block = self._block(place, slice(0, k), columns, copied)
-                    block = contiguous(block.swapaxes(0, 1))
-                    yield pack(block) if self.storage.dtype == INT4 else block
-            else:
-                for rows in _ranges(k, max(entries // n, 1)):
-                    yield contiguous(self._block(place, rows, slice(0, n), copied))
+            for part in _ranges(n_rows, size):
+                if self.k_last:
+                    block = contiguous(self._block(place, slice(0, k), part).swapaxes(0, 1))
+                else:
+                    block = contiguous(self._block(place, part, slice(0, n)))
+                yield pack(block) if self.storage.dtype == INT4 else block
             self._scales.pop(place, None)
 
     def scales_chunks(self) -> Chunks:
         """The scales' bytes, a matrix after the other."""
         for place in np.ndindex(*self.entry.key.shape[:-2]):
             yield np.ascontiguousarray(self._new_scales(place))
+
+    def _block(self, place: tuple[int, ...], rows: slice, columns: slice) -> np.ndarray:
+        """A part of a matrix in the new precision, [k, n]; 4-bit integers as int8."""
+        if self.storage == self.now:
+            return self._raw(place, rows, columns)
+        values = self._floats(place, rows, columns)
+        if self.storage.groups is None:
+            return values.astype(self.storage.dtype)
+        scales = self._for_rows(self._new_scales(place)[:, columns], rows)
+        largest = _LARGEST[self.storage.dtype]
+        divisor = np.where(scales == 0, np.float32(1), scales)
+        return np.clip(np.round(values / divisor), -largest, largest).astype(np.int8)
 
     def _raw(self, place: tuple[int, ...], rows: slice, columns: slice) -> np.ndarray:
         """A part of a matrix as it is stored, [k, n]."""
@@ -88,71 +97,35 @@ class Conversion:
         values = self._raw(place, rows, columns).astype(np.float32)
         if self.now.groups is None:
             return values
+        return values * self._for_rows(self._stored_scales(place)[:, columns], rows)
+
+    def _for_rows(self, scales: np.ndarray, rows: slice) -> Float[np.ndarray, "k n"]:
+        """The scales of each of some rows, for scales [group, n] of the whole matrix."""
+        size = self.entry.key.shape[-2] // scales.shape[0]
+        return scales[np.arange(rows.start, rows.stop) // size].astype(np.float32)
+
+    def _stored_scales(self, place: tuple[int, ...]) -> np.ndarray:
         file = self.entry.file
         assert file.scales is not None
-        scales: Any = file.open(file.scales)
-        part = self._rows_of_scales(scales[place][:, columns], rows)
-        return values * part.astype(np.float32)
-
-    def _rows_of_scales(self, scales: np.ndarray, rows: slice) -> np.ndarray:
-        """Each row's scales, for scales [group, n] of the whole contracting axis."""
-        size = self.entry.key.shape[-2] // scales.shape[0]
-        return scales[np.arange(rows.start, rows.stop) // size]
-
-    def _block(
-        self, place: tuple[int, ...], rows: slice, columns: slice, copied: bool
-    ) -> np.ndarray:
-        """A part of the matrix in the new precision, [k, n]; 4-bit integers as int8."""
-        if copied:
-            return self._raw(place, rows, columns)
-        if self.storage.groups is None:
-            if self.now.groups is None:
-                return self._raw(place, rows, columns).astype(self.storage.dtype)
-            return self._floats(place, rows, columns).astype(self.storage.dtype)
-        scales = self._rows_of_scales(self._new_scales(place)[:, columns], rows).astype(np.float32)
-        return round_to_integers(self._floats(place, rows, columns), scales, self.storage.dtype)
+        return np.asarray(file.open(file.scales))[place]
 
     def _new_scales(self, place: tuple[int, ...]) -> np.ndarray:
-        """Scales [group, n] of one matrix."""
-        file = self.entry.file
+        """Scales [group, n] of one matrix: as `grokkit.quant.quantize` has them, the largest
+        magnitude of a group and column over the largest integer."""
         if self.storage == self.now:
-            assert file.scales is not None
-            return np.asarray(file.open(file.scales))[place]
+            return self._stored_scales(place)
         if place not in self._scales:
-            assert self.storage.groups is not None
+            groups = self.storage.groups
+            assert groups is not None
             *_, k, n = self.entry.key.shape
-            parts = [
-                group_scales(
-                    self._floats(place, slice(0, k), columns),
-                    self.storage.groups,
-                    self.storage.dtype,
-                )
-                for columns in _ranges(n, max(_COMPUTED // k, 1))
-            ]
-            self._scales[place] = np.concatenate(parts, axis=1)
+            largest = [
+                np.abs(self._floats(place, slice(0, k), columns).reshape(groups, k // groups, -1))
+                .max(axis=1)
+                for columns in _ranges(n, _COMPUTED // k)
+            ]  # fmt: skip
+            scales = np.concatenate(largest, axis=1) / np.float32(_LARGEST[self.storage.dtype])
+            self._scales[place] = scales.astype(BFLOAT16)
         return self._scales[place]
-
-
-def group_scales(
-    values: Float[np.ndarray, "k n"], groups: int, dtype: np.dtype
-) -> Shaped[np.ndarray, "g n"]:
-    """bfloat16 scales of a matrix in `groups` parts along k, for int8 or int4.
-
-    As `grokkit.quant.quantize` has them: the largest magnitude of a group and column over the
-    largest integer.
-    """
-    k, n = values.shape
-    largest = np.abs(values.reshape(groups, k // groups, n)).max(axis=1)
-    return (largest / np.float32(_LARGEST[dtype])).astype(BFLOAT16)
-
-
-def round_to_integers(
-    values: Float[np.ndarray, "k n"], scales: Float[np.ndarray, "k n"], dtype: np.dtype
-) -> Shaped[np.ndarray, "k n"]:
-    """The nearest multiples of the scales, within int8's or int4's range, as int8."""
-    largest = _LARGEST[dtype]
-    divisor = np.where(scales == 0, np.float32(1), scales)
-    return np.clip(np.round(values / divisor), -largest, largest).astype(np.int8)
 
 
 def contiguous(values: np.ndarray) -> np.ndarray:
@@ -160,7 +133,7 @@ def contiguous(values: np.ndarray) -> np.ndarray:
     if values.flags.c_contiguous:
         return values
     if values.ndim > 1 and values.strides[-1] != values.itemsize:
-        # JAX turns a matrix round ten times as fast as numpy.
+        # JAX transposes a matrix ten times as fast as numpy.
         try:
             return np.asarray(jax.device_put(values, jax.local_devices(backend="cpu")[0]))
         except RuntimeError:  # this process was told to leave the CPU alone
@@ -169,5 +142,6 @@ def contiguous(values: np.ndarray) -> np.ndarray:
 
 
 def _ranges(total: int, size: int) -> Iterator[slice]:
-    for i in range(math.ceil(total / size)):
-        yield slice(i * size, min((i + 1) * size, total))
+    """Slices of at most `size`, but at least one."""
+    for i in range(0, total, max(size, 1)):
+        yield slice(i, min(i + max(size, 1), total))

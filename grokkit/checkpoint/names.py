@@ -14,28 +14,26 @@ from grokkit.checkpoint.tensor_writer import encoded_size
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
 
-# Module and parameter of the original -> the place in the model's pytree.
+# The original's parameter -> its place in the model's pytree, its axes, and its scale groups along
+# the contracting axis if it is quantised; what the names mean is in `tensor_keys`.
 _OUTSIDE = {
-    ("language_model/in_out_embed", "embeddings"): "embedding.weight",
-    ("language_model/rms_norm", "scale"): "final_norm.scale",
+    "language_model/in_out_embed/embeddings": ("embedding.weight", "vocab d_model", None),
+    "language_model/rms_norm/scale": ("final_norm.scale", "d_model", None),
 }
 _IN_LAYER = {
-    ("moe/linear", "w"): "blocks.moe.gate",
-    ("moe/linear_v", "w"): "blocks.moe.value",
-    ("moe/linear_1", "w"): "blocks.moe.out",
-    ("multi_head_attention/query", "w"): "blocks.attention.query",
-    ("multi_head_attention/key", "w"): "blocks.attention.key",
-    ("multi_head_attention/value", "w"): "blocks.attention.value",
-    ("multi_head_attention/linear", "w"): "blocks.attention.out",
-    ("rms_norm", "scale"): "blocks.attn_norm.scale",
-    ("rms_norm_1", "scale"): "blocks.attn_out_norm.scale",
-    ("rms_norm_2", "scale"): "blocks.moe_norm.scale",
-    ("rms_norm_3", "scale"): "blocks.moe_out_norm.scale",
-    ("router", "w"): "blocks.moe.router",
+    "moe/linear/w": ("blocks.moe.gate", "experts d_model d_ff", "one"),
+    "moe/linear_v/w": ("blocks.moe.value", "experts d_model d_ff", "one"),
+    "moe/linear_1/w": ("blocks.moe.out", "experts d_ff d_model", "out_groups"),
+    "multi_head_attention/query/w": ("blocks.attention.query", "d_model heads", "one"),
+    "multi_head_attention/key/w": ("blocks.attention.key", "d_model kv_heads", "one"),
+    "multi_head_attention/value/w": ("blocks.attention.value", "d_model kv_heads", "one"),
+    "multi_head_attention/linear/w": ("blocks.attention.out", "heads d_model", "out_groups"),
+    "rms_norm/scale": ("blocks.attn_norm.scale", "d_model", None),
+    "rms_norm_1/scale": ("blocks.attn_out_norm.scale", "d_model", None),
+    "rms_norm_2/scale": ("blocks.moe_norm.scale", "d_model", None),
+    "rms_norm_3/scale": ("blocks.moe_out_norm.scale", "d_model", None),
+    "router/w": ("blocks.moe.router", "d_model experts", None),
 }
-
-FILES_PER_LAYER = len(_IN_LAYER)
-FILES_OUTSIDE = len(_OUTSIDE)
 _MOST_FILES = 100_000
 
 
@@ -80,59 +78,40 @@ def tensor_keys(config: GrokConfig) -> tuple[TensorKey, ...]:
 
     **Raises:** `ConfigError` for sizes that the official layout cannot hold.
     """
-    if n_files(config) > _MOST_FILES:
+    most_layers = (_MOST_FILES - len(_OUTSIDE)) // len(_IN_LAYER)
+    if config.n_layers > most_layers:
         raise ConfigError(
-            f"n_layers: file names have 5 digits, enough for "
-            f"{(_MOST_FILES - FILES_OUTSIDE) // FILES_PER_LAYER} layers; found {config.n_layers}"
+            f"n_layers: file names have 5 digits, enough for {most_layers} layers; found "
+            f"{config.n_layers}"
         )
-    places: dict[tuple[str, str], tuple[str, int | None]] = {
-        key: (path, None) for key, path in _OUTSIDE.items()
+    sizes = {
+        "vocab": config.vocab_size,
+        "d_model": config.d_model,
+        "d_ff": config.d_ff,
+        "experts": config.n_experts,
+        "heads": config.n_heads * config.d_head,
+        "kv_heads": config.n_kv_heads * config.d_head,
+        "out_groups": config.out_groups,
+        "one": 1,
     }
+    rows = [(name, None, *row) for name, row in _OUTSIDE.items()]
     for layer in range(config.n_layers):
-        for (module, parameter), path in _IN_LAYER.items():
-            places[f"transformer/decoder_layer_{layer}/{module}", parameter] = (path, layer)
-    shapes = _shapes(config)
+        prefix = f"transformer/decoder_layer_{layer}"
+        rows += [(f"{prefix}/{name}", layer, *row) for name, row in _IN_LAYER.items()]
     keys = []
-    for index, (module, parameter) in enumerate(sorted(places)):
-        path, layer = places[module, parameter]
-        shape, groups = shapes[path]
-        scales_shape = None if groups is None else (*shape[:-2], groups, shape[-1])
-        dtype = FLOAT32 if groups is None else INT8
-        name = f"{module}/{parameter}"
+    for index, (name, layer, path, axes, grouping) in enumerate(sorted(rows, key=lambda r: r[0])):
+        shape = tuple(sizes[axis] for axis in axes.split())
+        dtype, scales_shape = FLOAT32, None
+        if grouping is not None:
+            groups = sizes[grouping]
+            if shape[-2] % groups:
+                raise ConfigError(
+                    f"{path}: the official layout has {groups} scale groups along this matrix's "
+                    f"contracting axis, which must divide it; found {shape[-2]} entries"
+                )
+            dtype, scales_shape = INT8, (*shape[:-2], groups, shape[-1])
         keys.append(TensorKey(index, name, path, layer, shape, dtype, scales_shape))
     return tuple(keys)
-
-
-def n_files(config: GrokConfig) -> int:
-    """Number of files of a checkpoint: 770 for Grok-1."""
-    return FILES_OUTSIDE + FILES_PER_LAYER * config.n_layers
-
-
-def _shapes(config: GrokConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Shape of each leaf, layer axis left out, and its scale groups if it is quantised."""
-    d, experts, d_ff = config.d_model, config.n_experts, config.d_ff
-    heads, kv_heads = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
-        "embedding.weight": ((config.vocab_size, d), None),
-        "final_norm.scale": ((d,), None),
-        "blocks.moe.router": ((d, experts), None),
-        "blocks.moe.gate": ((experts, d, d_ff), 1),
-        "blocks.moe.value": ((experts, d, d_ff), 1),
-        "blocks.moe.out": ((experts, d_ff, d), config.out_groups),
-        "blocks.attention.query": ((d, heads), 1),
-        "blocks.attention.key": ((d, kv_heads), 1),
-        "blocks.attention.value": ((d, kv_heads), 1),
-        "blocks.attention.out": ((heads, d), config.out_groups),
-    }
-    for norm in ("attn_norm", "attn_out_norm", "moe_norm", "moe_out_norm"):
-        shapes[f"blocks.{norm}.scale"] = ((d,), None)
-    for path, (shape, groups) in shapes.items():
-        if groups is not None and shape[-2] % groups:
-            raise ConfigError(
-                f"{path}: the official layout has {groups} scale groups along this matrix's "
-                f"contracting axis, which must divide it; found {shape[-2]} entries"
-            )
-    return shapes
 
 
 def _describe(dtype: np.dtype, shape: tuple[int, ...]) -> str:

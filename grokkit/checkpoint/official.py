@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grokkit.checkpoint.manifest import check_finished
-from grokkit.checkpoint.names import TensorKey, n_files, tensor_keys
-from grokkit.checkpoint.pickle_objects import BFLOAT16
+from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.refusal import DOWNLOAD_COMMAND, refusal
 from grokkit.checkpoint.tensor_file import StackedTensors, TensorFile, read_tensor
 from grokkit.config import GROK_1, GrokConfig
@@ -105,31 +104,17 @@ class Checkpoint:
         return "\n".join(lines)
 
 
-def open_official(
-    directory: str | os.PathLike[str], config: GrokConfig | None = None
-) -> Checkpoint:
-    """Find an official checkpoint, read all its headers and check them. No weight is read.
-
-    **Arguments:**
-
-    - `directory`: holds `ckpt-0/`, and optionally `config.json` and `tokenizer.model`; the
-        `ckpt-0` folder itself will do.
-    - `config`: the model's sizes; by default those of `config.json`, or of Grok-1 if there is no
-        `config.json` and there are 770 files.
-
-    **Returns:** a `Checkpoint`.
-
-    **Raises:** `CheckpointError` if a file is missing, extra, misnumbered, damaged, or not of the
-    shape, dtype and scale grouping that the sizes demand; `ConfigError` for a bad `config.json`.
-    """
+def open_official(directory: str | os.PathLike[str], config: GrokConfig | None) -> Checkpoint:
+    """Open a checkpoint in the official layout, as `open_checkpoint` does."""
     folder = _find(Path(directory))
     root = folder.parent
     check_finished(root)
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    path = root / CONFIG_FILE
+    is_known = config is not None or path.is_file()
     if config is None:
-        config = _config(root, folder, names)
+        config = GrokConfig.from_json(path) if is_known else GROK_1
     keys = tensor_keys(config)
-    _check_names(folder, names, config)
+    _check_names(folder, keys, config, is_known)
     entries = []
     for key in keys:
         file = read_tensor(folder / key.file_name)
@@ -166,43 +151,34 @@ def _find(directory: Path) -> Path:
     raise refusal(directory, expected, shown or "an empty directory", remedy)
 
 
-def _config(root: Path, folder: Path, names: list[str]) -> GrokConfig:
-    path = root / CONFIG_FILE
-    if path.is_file():
-        return GrokConfig.from_json(path)
-    tensors = [name for name in names if _TENSOR_NAME.fullmatch(name)]
-    expected = n_files(GROK_1)
-    if len(tensors) == expected:
-        return GROK_1
-    _check_unfinished(folder, names)
-    raise refusal(
-        folder,
-        f"the {expected} files of Grok-1, or a {CONFIG_FILE} beside {FOLDER}/ that says which "
-        f"model this is",
-        f"{len(tensors)} tensor files and no {CONFIG_FILE}",
-        f"for Grok-1, {_DOWNLOAD}; for another model, write its {CONFIG_FILE} with "
-        f"GrokConfig.to_json",
-    )
-
-
-def _check_names(folder: Path, names: list[str], config: GrokConfig) -> None:
-    count = n_files(config)
-    expected = {f"tensor{i:05d}_000" for i in range(count)}
-    missing = sorted(expected - set(names))
-    extra = sorted(set(names) - expected)
+def _check_names(
+    folder: Path, keys: tuple[TensorKey, ...], config: GrokConfig, is_known: bool
+) -> None:
+    """All files must be there, and no others."""
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    expected = {key.file_name for key in keys}
+    missing, extra = sorted(expected - set(names)), sorted(set(names) - expected)
     if not missing and not extra:
         return
     _check_unfinished(folder, names)
+    if not is_known and len(names) != len(keys):
+        raise refusal(
+            folder,
+            f"the {len(keys)} files of Grok-1, or a {CONFIG_FILE} beside {FOLDER}/ that says which "
+            "model this is",
+            f"{len(names)} files and no {CONFIG_FILE}",
+            f"for Grok-1, {_DOWNLOAD}; for another model, write its {CONFIG_FILE} with "
+            "GrokConfig.to_json",
+        )
     what = (
-        f"the {count} files tensor00000_000 to tensor{count - 1:05d}_000 of a model of "
+        f"the {len(keys)} files {min(expected)} to {max(expected)} of a model of "
         f"{config.n_layers} layers"
     )
     if missing and extra:
         found = f"{_listed(missing)} missing, and {_listed(extra)} instead"
         remedy = "give the files their official names back; the number decides what a file is"
     elif missing:
-        found = f"{_listed(missing)} missing"
-        remedy = _DOWNLOAD
+        found, remedy = f"{_listed(missing)} missing", _DOWNLOAD
     else:
         found = f"{_listed(extra)} besides"
         remedy = f"move other files away, or correct {CONFIG_FILE} if the model is larger"
@@ -224,21 +200,15 @@ def _check_unfinished(folder: Path, names: list[str]) -> None:
 
 
 def _check_shape(key: TensorKey, file: TensorFile) -> None:
-    found_scales = None if file.scales is None else file.scales.shape
-    if (
-        (file.weight.shape, file.weight.dtype) == (key.shape, key.dtype)
-        and found_scales == key.scales_shape
-        and (file.scales is None or file.scales.dtype == BFLOAT16)
-    ):
-        return
-    layer = "" if key.layer is None else f" of layer {key.layer}"
-    raise refusal(
-        file.path,
-        f"{key.name} ({key.path}{layer}): {key}",
-        str(file),
-        f"check that {CONFIG_FILE} describes this checkpoint, and that no file was renamed: the "
-        f"layers are numbered 0, 1, 10, 11, ..., 2, 20, ...",
-    )
+    if str(file) != str(key):
+        layer = "" if key.layer is None else f" of layer {key.layer}"
+        raise refusal(
+            file.path,
+            f"{key.name} ({key.path}{layer}): {key}",
+            str(file),
+            f"check that {CONFIG_FILE} describes this checkpoint, and that no file was renamed: "
+            "the layers are numbered 0, 1, 10, 11, ..., 2, 20, ...",
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -1,26 +1,21 @@
 """Which files a conversion writes, piece by piece, before any of them is there."""
 
-import collections
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from grokkit.checkpoint.dialect import (
-    FORMAT,
-    Storage,
-    array_name,
-    metadata,
-    stored_arrays,
-)
+from grokkit.checkpoint.dialect import FORMAT, Storage, metadata, stored_arrays
 from grokkit.checkpoint.matrices import Chunks, Conversion, stored_as
 from grokkit.checkpoint.names import TensorKey
-from grokkit.checkpoint.official import FOLDER, Checkpoint
-from grokkit.checkpoint.pickle_layout import Slot, layout
+from grokkit.checkpoint.official import FOLDER, Checkpoint, Entry
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
 from grokkit.checkpoint.refusal import refusal
 from grokkit.checkpoint.safetensors_file import encode_header
 from grokkit.checkpoint.tensor_file import INT4, ArraySpan
+from grokkit.checkpoint.tensor_writer import layout
 from grokkit.errors import ConfigError
 
 SHARD_BYTES = 5_000_000_000
@@ -32,12 +27,18 @@ _MATRICES = {"bfloat16": Storage(BFLOAT16), "float32": Storage(FLOAT32)}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The bytes of one array in a file that is to be written."""
+    """An array in a file that is to be written."""
 
     name: str
-    nbytes: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
     chunks: Callable[[], Chunks]
     """Reads, and computes, the bytes anew each time."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the array."""
+        return ArraySpan(self.dtype, self.shape, 0).nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +54,21 @@ class PlannedFile:
         """Bytes it will have."""
         return sum(p.nbytes if isinstance(p, Piece) else len(p) for p in self.pieces)
 
+    def content(self) -> Iterator[tuple[str, memoryview]]:
+        """Its bytes in order, in parts, each with the name of its array."""
+        for piece in self.pieces:
+            if isinstance(piece, bytes):
+                yield "the header", memoryview(piece)
+            else:
+                for chunk in piece.chunks():
+                    flat: Any = np.ascontiguousarray(chunk).reshape(-1)
+                    yield piece.name, flat.view(np.uint8).data
+
 
 def choose_storages(
     checkpoint: Checkpoint, to: str, dtype: str | None, experts: str | None, group_size: int
 ) -> dict[str, Storage]:
-    """How each parameter is to be stored, by its place in the model.
-
-    **Arguments:**
-
-    - `checkpoint`: that is converted.
-    - `to`, `dtype`, `experts`, `group_size`: as for `grokkit.convert`.
+    """How each parameter is to be stored, by its place in the model; arguments as of `convert`.
 
     **Raises:** `CheckpointError` or `ConfigError` for what the layout cannot hold.
     """
@@ -113,36 +119,23 @@ def _check(checkpoint: Checkpoint, key: TensorKey, now: Storage, new: Storage, t
 def plan_files(
     checkpoint: Checkpoint, to: str, storages: dict[str, Storage], shard_bytes: int = SHARD_BYTES
 ) -> list[PlannedFile]:
-    """The tensor files of a checkpoint in another layout.
-
-    **Arguments:**
-
-    - `checkpoint`: that is converted.
-    - `to`: `"official"` or `"safetensors"`.
-    - `storages`: how each parameter is to be stored.
-    - `shard_bytes`: most bytes of a safetensors file; one parameter is never divided.
-    """
+    """The tensor files of a checkpoint in another layout; arguments as of `convert`, and how each
+    parameter is to be stored."""
     if to == "official":
-        return [_official(Conversion(e, storages[e.key.path], False)) for e in checkpoint]
+        return [_official(entry, storages[entry.key.path]) for entry in checkpoint]
+    shards: list[list[Piece]] = []
+    room = -1
     # In the order of use: a pass through the model reads the files from the first to the last.
-    entries = sorted(checkpoint, key=lambda e: (_place(e.key), e.key.index))
-    sizes = {e.key.index: _nbytes(e.key, storages[e.key.path]) for e in entries}
-    layers = collections.Counter[int]()
-    for entry in entries:
-        layers[_place(entry.key)] += sizes[entry.key.index]
-    shards: list[list[Conversion]] = [[]]
-    room, place = shard_bytes, None
-    for entry in entries:
-        key, storage = entry.key, storages[entry.key.path]
+    for _, entries in itertools.groupby(sorted(checkpoint, key=_place), _place):
+        layer = [_pieces(entry, storages[entry.key.path]) for entry in entries]
+        whole = [piece for pieces in layer for piece in pieces]
         # A layer that fits in one file is not spread over two.
-        together = layers[_place(key)]
-        begins = _place(key) != place and together <= shard_bytes
-        if shards[-1] and (together if begins else sizes[key.index]) > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(Conversion(entry, storage, k_last=storage.groups is not None))
-        room -= sizes[key.index]
-        place = _place(key)
+        for pieces in [whole] if _nbytes(whole) <= shard_bytes else layer:
+            if _nbytes(pieces) > room or not shards:
+                shards.append([])
+                room = shard_bytes
+            shards[-1] += pieces
+            room -= _nbytes(pieces)
     notes = metadata(checkpoint.config, storages)
     return [
         _shard(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard, notes)
@@ -150,41 +143,43 @@ def plan_files(
     ]
 
 
-def _nbytes(key: TensorKey, storage: Storage) -> int:
-    return sum(ArraySpan(d, s, 0).nbytes for d, s in stored_arrays(key, storage).values())
-
-
-def _place(key: TensorKey) -> int:
-    if key.path == "embedding.weight":
+def _place(entry: Entry) -> int:
+    if entry.key.path == "embedding.weight":
         return -1
-    return 1 << 30 if key.layer is None else key.layer
+    return 1 << 30 if entry.key.layer is None else entry.key.layer
 
 
-def _official(conversion: Conversion) -> PlannedFile:
-    key = conversion.entry.key
-    scales = None if key.scales_shape is None else (key.scales_shape, BFLOAT16)
-    arrays = [conversion.weight_chunks, conversion.scales_chunks]
-    pieces = tuple(
-        Piece(key.name, piece.nbytes, arrays[piece.number]) if isinstance(piece, Slot) else piece
-        for piece in layout((key.shape, key.dtype), scales)
+def _nbytes(pieces: list[Piece]) -> int:
+    return sum(piece.nbytes for piece in pieces)
+
+
+def _official(entry: Entry, storage: Storage) -> PlannedFile:
+    key, conversion = entry.key, Conversion(entry, storage, k_last=False)
+    arrays = [Piece(key.name, key.dtype, key.shape, conversion.weight_chunks)]
+    scales = None
+    if key.scales_shape is not None:
+        scales = (key.scales_shape, BFLOAT16)
+        arrays.append(Piece(key.name, BFLOAT16, key.scales_shape, conversion.scales_chunks))
+    pieces = layout((key.shape, key.dtype), scales)
+    rest = iter(arrays)
+    return PlannedFile(
+        f"{FOLDER}/{key.file_name}",
+        tuple(piece if isinstance(piece, bytes) else next(rest) for piece in pieces),
     )
-    return PlannedFile(f"{FOLDER}/{key.file_name}", pieces)
 
 
-def _shard(name: str, conversions: list[Conversion], notes: dict[str, str]) -> PlannedFile:
-    arrays: list[tuple[str, np.dtype, tuple[int, ...], Callable[[], Chunks]]] = []
-    for conversion in conversions:
-        weights = array_name(conversion.entry.key)
-        for array, (dtype, shape) in stored_arrays(
-            conversion.entry.key, conversion.storage
-        ).items():
-            is_scales = conversion.storage.groups is not None and array == f"{weights}.scales"
-            chunks = conversion.scales_chunks if is_scales else conversion.weight_chunks
-            arrays.append((array, dtype, shape, chunks))
+def _pieces(entry: Entry, storage: Storage) -> list[Piece]:
+    """A parameter's arrays in a safetensors file."""
+    conversion = Conversion(entry, storage, k_last=storage.groups is not None)
+    stored = stored_arrays(entry.key, storage)
+    chunks = [conversion.scales_chunks, conversion.weight_chunks][-len(stored) :]
+    return [Piece(n, *a, of_it) for (n, a), of_it in zip(stored.items(), chunks, strict=True)]
+
+
+def _shard(name: str, pieces: list[Piece], notes: dict[str, str]) -> PlannedFile:
     # Larger entries first, so that each array begins at a multiple of its entries' size.
-    arrays.sort(key=lambda a: -a[1].itemsize)
-    header = encode_header({a[0]: (a[1], a[2]) for a in arrays}, notes)
-    pieces = [Piece(a[0], ArraySpan(a[1], a[2], 0).nbytes, a[3]) for a in arrays]
+    pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+    header = encode_header({piece.name: (piece.dtype, piece.shape) for piece in pieces}, notes)
     return PlannedFile(name, (header, *pieces))
 
 

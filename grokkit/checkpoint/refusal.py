@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ DOWNLOAD_AGAIN = (
     "download the file again from the official source; do not open it with pickle to look inside"
 )
 DOWNLOAD_COMMAND = '`hf download xai-org/grok-1 --include "ckpt-0/*" --local-dir checkpoints`'
+
+LFS_POINTER = "a git-LFS pointer: the repository was cloned without its large files"
 
 
 class Refused(Exception):
@@ -62,4 +65,16 @@ def check_target(
             "a new or empty directory",
             f"{len(list(target.iterdir()))} entries in it" if target.is_dir() else "a file",
             remedy,
+        )
+
+
+def check_space(directory: Path, n_bytes: int) -> None:
+    """**Raises:** `CheckpointError` if the disk of `directory` has less space than that."""
+    free = shutil.disk_usage(directory).free
+    if free < n_bytes:
+        raise refusal(
+            directory,
+            f"{n_bytes:,} bytes free",
+            f"{free:,}",
+            f"free {n_bytes - free:,} bytes, or choose another disk",
         )

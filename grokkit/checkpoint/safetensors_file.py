@@ -1,4 +1,4 @@
-"""The safetensors container: headers read strictly, files laid out before their data is there.
+"""The safetensors container: where arrays lie, and headers of files whose data is not there yet.
 
 Source: the format's description in github.com/huggingface/safetensors (README, "Format"): eight
 bytes of header length, a JSON header, the arrays' bytes in C order without gaps.
@@ -8,15 +8,16 @@ import dataclasses
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
-from grokkit.checkpoint.refusal import Refused, reading
-from grokkit.checkpoint.tensor_file import ArraySpan
+from grokkit.checkpoint.refusal import LFS_POINTER, Refused, reading, refusal
+from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
 
 DTYPES: dict[str, np.dtype] = {
     "F32": FLOAT32,
@@ -35,8 +36,6 @@ DATA_TYPES = DTYPES | {
 }  # fmt: skip
 """The format's names of all dtypes that grokkit writes."""
 _NAMES = {dtype: name for name, dtype in DATA_TYPES.items()}
-_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
-_LARGEST_AXIS = (1 << 31) - 1
 _ALIGNMENT = 4096  # bytes: where the data begins, so that arrays can be mapped, and read directly
 
 _REMEDY = "download or convert the file again"
@@ -66,90 +65,81 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     **Raises:** `CheckpointError` if the file is missing, cut short, or not of the format.
     """
     path = Path(path)
-    with reading(path, _REMEDY) as status:
-        with open(path, "rb") as file:
-            length = _header_length(file.read(8), status.st_size)
-            text = file.read(length)
-        metadata, spans = _parse(text, length, status.st_size)
+    with reading(path, _REMEDY) as status, open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise Refused("a safetensors file", LFS_POINTER, "run `git lfs pull` in the clone")
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # the format's own library has checked the whole header
+        except SafetensorError as e:
+            found = f"{status.st_size:,} bytes: {e!s:.300}"
+            raise Refused("a safetensors file", found, _REMEDY) from None
+        length = int.from_bytes(start, "little")
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        spans = {name: _span(name, note, 8 + length) for name, note in header.items()}
     return SafetensorsFile(path, status.st_size, metadata, spans)
 
 
-def _header_length(start: bytes, size: int) -> int:
-    expected = "a safetensors file"
-    if start.startswith(b"version "):
-        raise Refused(
-            expected,
-            "a git-LFS pointer: the repository was cloned without its large files",
-            "run `git lfs pull` in the clone",
-        )
-    if len(start) < 8:
-        raise Refused(expected, f"{size} bytes", _REMEDY)
-    (length,) = struct.unpack("<Q", start)
-    if length > _LARGEST_HEADER or 8 + length > size:
-        raise Refused(expected, f"a header of {length:,} bytes in a file of {size:,}", _REMEDY)
-    return length
-
-
-def _parse(text: bytes, length: int, size: int) -> tuple[dict[str, str], dict[str, ArraySpan]]:
-    expected = "a safetensors header"
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_name_twice)
-    except (ValueError, RecursionError) as e:
-        raise Refused(expected, f"no readable JSON ({e})", _REMEDY) from None
-    if not isinstance(header, dict):
-        raise Refused(expected, f"JSON of a {type(header).__name__}", _REMEDY)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise Refused(expected, "metadata that is not text", _REMEDY)
-    spans = {name: _span(name, note, 8 + length) for name, note in header.items()}
-    end = 8 + length
-    for name, span in sorted(spans.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if span.offset != end:
-            raise Refused(
-                "arrays one after the other, without gaps",
-                f"{name!r} at byte {span.offset:,}, where {end:,} was due",
-                _REMEDY,
-            )
-        end += span.nbytes
-    if end != size:
-        raise Refused(f"{end:,} bytes, as the header says", f"{size:,} bytes", _REMEDY)
-    return metadata, spans
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name twice")
-    return found
-
-
 def _span(name: str, note: Any, data_start: int) -> ArraySpan:
-    expected = f"dtype, shape and data_offsets of {name!r}"
-    if not isinstance(note, dict) or set(note) != {"dtype", "shape", "data_offsets"}:
-        raise Refused(expected, f"{note!r:.100}", _REMEDY)
-    kind, shape, offsets = note["dtype"], note["shape"], note["data_offsets"]
-    if not isinstance(kind, str) or kind not in DTYPES:
+    match note:
+        case {"dtype": kind, "shape": shape, "data_offsets": [start, _], **rest} if not rest:
+            pass
+        case _:
+            expected = f"dtype, shape and data_offsets of {name!r}, and no more"
+            raise Refused(expected, f"{note!r:.100}", _REMEDY)
+    if kind not in DTYPES:
         raise Refused(
             f"{name!r} in one of {', '.join(DTYPES)}",
             f"{kind!r:.100}",
             "this is not a Grok-1, or one in a precision that grokkit does not read",
         )
-    numbers = [shape, offsets]
-    if (
-        not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers)
-        or len(offsets) != 2
-        or len(shape) > 8
-        or any(not 1 <= n <= _LARGEST_AXIS for n in shape)
-    ):
-        raise Refused(expected, f"shape {shape!r:.100}, data_offsets {offsets!r:.100}", _REMEDY)
-    span = ArraySpan(DTYPES[kind], tuple(shape), data_start + offsets[0])
-    if offsets[1] - offsets[0] != span.nbytes:
-        raise Refused(
-            f"{span.nbytes:,} bytes for {name!r}, {span}",
-            f"{offsets[1] - offsets[0]:,} bytes",
-            _REMEDY,
-        )
-    return span
+    return ArraySpan(DTYPES[kind], tuple(shape), data_start + start)
+
+
+class Arrays:
+    """The arrays of a directory's files, by name, for a layout to take one after the other."""
+
+    def __init__(self, directory: Path, files: Iterable[SafetensorsFile], remedy: str) -> None:
+        """Gather them.
+
+        **Arguments:**
+
+        - `directory`: that holds the files.
+        - `files`: from `read_safetensors`.
+        - `remedy`: what to do if one is missing, of another shape or dtype, or not known.
+
+        **Raises:** `CheckpointError` if two have one name.
+        """
+        self.directory, self.remedy = directory, remedy
+        self.left: dict[str, TensorFile] = {}
+        for file in files:
+            for name, span in file.spans.items():
+                if name in self.left:
+                    raise refusal(
+                        file.path,
+                        f"{name} once",
+                        f"it in {self.left[name].path.name} too",
+                        "remove the files of another download",
+                    )
+                self.left[name] = TensorFile(file.path, file.size, span)
+
+    def take(self, name: str, shape: tuple[int, ...], *dtypes: np.dtype) -> TensorFile:
+        """The array of this name. **Raises:** `CheckpointError` if it is not as expected."""
+        found = self.left.pop(name, None)
+        if found is None:
+            raise refusal(self.directory, f"an array {name}", "none of this name", self.remedy)
+        if found.weight.shape != shape or found.weight.dtype not in dtypes:
+            expected = " or ".join(str(ArraySpan(dtype, shape, 0)) for dtype in dtypes)
+            raise refusal(found.path, f"{name}: {expected}", str(found), self.remedy)
+        return found
+
+    def check_all_taken(self, expected: str) -> None:
+        """**Raises:** `CheckpointError` if arrays are left."""
+        if self.left:
+            found = f"{', '.join(sorted(self.left)[:3])} besides"
+            raise refusal(self.directory, expected, found, self.remedy)
 
 
 def encode_header(

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import secrets
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from tqdm.auto import tqdm
 
+from grokkit.checkpoint.matrices import contiguous
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import CONFIG_FILE, FOLDER, TOKENIZER_FILE
 from grokkit.checkpoint.pickle_objects import BFLOAT16
@@ -20,6 +20,7 @@ from grokkit.checkpoint.refusal import check_target, refusal
 from grokkit.checkpoint.tensor_writer import write_tensor
 from grokkit.config import GrokConfig
 from grokkit.quant import QuantizedArray
+from grokkit.runtime.progress import byte_bar
 
 
 def save_params(
@@ -54,14 +55,8 @@ def save_params(
     for key in keys:
         _check_leaf(key, _leaf(params, key), config)
     with (
-        _atomic_directory(target) as folder,
-        tqdm(
-            total=sum(key.nbytes for key in keys),
-            unit="B",
-            unit_scale=True,
-            desc=f"saving {target.name}",
-            disable=not progress,
-        ) as bar,
+        _whole_directory(target) as folder,
+        byte_bar(f"saving {target.name}", sum(key.nbytes for key in keys), progress) as bar,
     ):
         config.to_json(folder / CONFIG_FILE)
         if tokenizer is not None:
@@ -71,8 +66,8 @@ def save_params(
             leaf = _leaf(params, key)
             arrays = [_on_host(array, key.layer) for array in _arrays(leaf)]
             if isinstance(leaf, QuantizedArray):
-                # Held [n, k], written [k, n]. JAX turns it round ten times as fast as numpy.
-                arrays[0] = np.asarray(jax.device_put(np.swapaxes(arrays[0], -1, -2)))
+                # Held [n, k], written [k, n].
+                arrays[0] = contiguous(np.swapaxes(arrays[0], -1, -2))
             write_tensor(folder / FOLDER / key.file_name, *arrays)
             bar.update(key.nbytes)
 
@@ -80,15 +75,14 @@ def save_params(
 def _leaf(params: PyTree, key: TensorKey) -> Any:
     leaf = params
     for name in key.path.split("."):
-        try:
-            leaf = getattr(leaf, name)
-        except AttributeError:
+        if not hasattr(leaf, name):
             raise refusal(
                 key.path,
                 f"a parameter here, for {key.name}",
                 f"{type(leaf).__name__} without attribute {name!r}",
                 "pass a grokkit.model.Grok, or a tree with the same attributes",
-            ) from None
+            )
+        leaf = getattr(leaf, name)
     return leaf
 
 
@@ -98,12 +92,8 @@ def _arrays(leaf: Any) -> tuple[Any, ...]:
 
 def _check_leaf(key: TensorKey, leaf: Any, config: GrokConfig) -> None:
     lead = () if key.layer is None else (config.n_layers,)
-    shape = key.shape
-    if isinstance(leaf, QuantizedArray):
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    expected = [((*lead, *shape), key.dtype)]
+    expected = [(key.shape, key.dtype)]
     if key.scales_shape is not None:
-        expected.append(((*lead, *key.scales_shape), BFLOAT16))
         if not isinstance(leaf, QuantizedArray):
             raise refusal(
                 key.path,
@@ -111,14 +101,16 @@ def _check_leaf(key: TensorKey, leaf: Any, config: GrokConfig) -> None:
                 type(leaf).__name__,
                 f"quantise with grokkit.quant.quantize(w, groups={key.scales_shape[-2]})",
             )
+        *experts, k, n = key.shape
+        expected = [((*experts, n, k), key.dtype), (key.scales_shape, BFLOAT16)]
     elif isinstance(leaf, QuantizedArray):
         raise refusal(key.path, f"a plain {key}", "a QuantizedArray", "dequantise it first")
     for array, (shape, dtype) in zip(_arrays(leaf), expected, strict=True):
         found_shape, found_dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
-        if found_shape != shape or found_dtype != dtype:
+        if found_shape != (*lead, *shape) or found_dtype != dtype:
             raise refusal(
                 key.path,
-                f"{dtype.name} of shape {shape}",
+                f"{dtype.name} of shape {(*lead, *shape)}",
                 f"{found_dtype} of shape {found_shape}",
                 "pass the configuration that the parameters were made with",
             )
@@ -151,8 +143,8 @@ def _on_host(array: Any, layer: int | None) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _atomic_directory(target: Path) -> Iterator[Path]:
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+def _whole_directory(target: Path) -> Iterator[Path]:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir()
         yield temporary

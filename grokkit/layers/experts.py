@@ -78,14 +78,13 @@ def grouped(fast: Any, x: Array, chosen: Array, experts: tuple[Any, Any, Any], d
             fast.is_fit_for_packing(n_rows * n_chosen, w.k, w.groups, n_experts, dtype)
             for w in (gate, out)
         )
-        multiply = fast.packed_product if is_packed else fast.product
         prepared = fast.pack if is_packed else (lambda rows: rows)
         block = fast.BLOCK if is_packed else 1
         pairs, starts, place = _by_expert(chosen.reshape(-1), n_experts, block)
         rows = prepared(x[pairs // n_chosen])
-        gates = jax.nn.gelu(multiply(rows, starts, *gate), approximate=True)
-        hidden = prepared(gates * multiply(rows, starts, *value))
-        outputs = multiply(hidden, starts, *out)
+        gates = jax.nn.gelu(fast.product(rows, starts, *gate), approximate=True)
+        hidden = prepared(gates * fast.product(rows, starts, *value))
+        outputs = fast.product(hidden, starts, *out)
         return outputs[place].reshape(n_rows, n_chosen, -1)
 
     @computed.defjvp

@@ -17,9 +17,9 @@ from jaxtyping import Int
 from grokkit.errors import GrokkitError, PromptError
 from grokkit.generate import bucket, pad_right
 from grokkit.language_model import LanguageModel
-from grokkit.runtime import compiling
+from grokkit.runtime import compiling, files
 from grokkit.widgets.latest import Latest
-from grokkit.widgets.view import View, page, write_text
+from grokkit.widgets.view import View, page
 
 Data = dict[str, Any]
 MAX_PAGE_BYTES = 64 << 20
@@ -110,7 +110,8 @@ class Explorer(ipywidgets.VBox, metaclass=_AbstractBox):
                 f"{path}: the page would take {len(text):,} bytes, more than the "
                 f"{MAX_PAGE_BYTES:,} that a browser shows well; use a shorter text"
             )
-        return write_text(path, text)
+        files.write(path, text)
+        return Path(path)
 
     def _whole_data(self) -> Data:
         """What a page needs, where the live view fetches a part at a time."""

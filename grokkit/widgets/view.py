@@ -8,8 +8,6 @@ notebook's component and an exported page hold the same code.
 import functools
 import html
 import json
-import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,20 +92,3 @@ def page(kind: str, title: str, data: dict[str, Any], state: dict[str, Any]) -> 
         script=_script(kind),
         data=encoded,
     )
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a file under a temporary name beside it, then rename it."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp's file is for its owner alone; what is written here may be shown to anyone.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path

@@ -192,7 +192,7 @@ def test_what_is_computed_from_them(golden, golden_arrays, options, tmp_path):
     [
         ({"to": "gguf"}, "expected one of official, safetensors"),
         ({"dtype": "int4"}, "expected one of int8, bfloat16"),
-        ({"experts": "int2"}, "expected int4"),
+        ({"experts": "int2"}, "experts: expected one of int4"),
         ({"to": "official", "experts": "int4"}, "has no 4-bit matrices"),
         ({"to": "official", "dtype": "bfloat16"}, "add --dtype int8"),
         ({"experts": "int4", "group_size": 7}, "an even number that divides the 64 rows"),
@@ -221,7 +221,7 @@ def test_targets_that_are_taken(converted, golden, tmp_path):
     (tmp_path / "x.partial" / "notes").touch()
     with pytest.raises(CheckpointError, match="a conversion that was cut off\n  found: something"):
         convert(golden, tmp_path / "x", progress=False)
-    with pytest.raises(CheckpointError, match="a finished conversion to verify"):
+    with pytest.raises(CheckpointError, match="a finished conversion: one with a manifest.json"):
         convert(golden, tmp_path, verify=True, progress=False)
     (tmp_path / "empty").mkdir()
     assert len(convert(golden, tmp_path / "empty", progress=False)) == 146
@@ -382,24 +382,35 @@ while True:
         continue
     # Only when every file was complete, and its name alone was missing, may it load.
     assert os.path.exists(target + ".partial/manifest.json")
-    assert not os.path.exists(target + ".partial/conversion.json")
 print(kills)
 """
 
 
-def test_complete_but_for_its_name(golden, converted, tmp_path):
-    shutil.copytree(converted, tmp_path / "x.partial")
-    convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
-    assert same(tmp_path / "x", converted) and not (tmp_path / "x.partial").exists()
+def test_complete_but_for_its_name(golden, converted, tmp_path, monkeypatch):
+    """It may be opened as it is, and the same call gives it its name."""
 
+    def killed(*_):
+        raise KeyboardInterrupt
 
-def test_complete_but_of_something_else_is_refused(golden, converted, tmp_path):
-    other = tmp_path / "other"
-    convert(golden, other, dtype="bfloat16", shard_bytes=SHARDS, progress=False)
-    os.rename(other, tmp_path / "x.partial")
-    with pytest.raises(CheckpointError):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        rename = os.replace
+        patched.setattr(
+            os, "replace", lambda a, b: killed() if b == tmp_path / "x" else rename(a, b)
+        )
         convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
-    assert not (tmp_path / "x").exists()
+    assert len(open_checkpoint(tmp_path / "x.partial")) == 146
+    with pytest.raises(CheckpointError, match="another storage"):
+        convert(golden, tmp_path / "x", dtype="bfloat16", shard_bytes=SHARDS, progress=False)
+    convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
+    assert same(tmp_path / "x", converted) and left(tmp_path) == ["x"]
+
+
+def test_a_finished_conversion_under_the_name_of_one_that_was_cut_off(golden, converted, tmp_path):
+    """Nothing in it says what it was made of."""
+    shutil.copytree(converted, tmp_path / "x.partial")
+    with pytest.raises(CheckpointError, match="a conversion that was cut off"):
+        convert(golden, tmp_path / "x", shard_bytes=SHARDS, progress=False)
+    assert same(tmp_path / "x.partial", converted) and not (tmp_path / "x").exists()
 
 
 # Events of a whole conversion are more than twice as many: there are always two kills.

@@ -127,7 +127,13 @@ NEW_ARRAY = RECONSTRUCT + NDARRAY + b"K\x00\x85C\x01b\x87R"
 NEW_FLOAT = DTYPE + text("f4") + b"\x89\x88\x87R"
 FLOAT_STATE = b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
 FLOAT = NEW_FLOAT + FLOAT_STATE + b"b"
-ARRAY = NEW_ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89C\x0812345678tb"
+
+
+def array_of(dtype: bytes) -> bytes:
+    return NEW_ARRAY + b"(K\x01K\x02\x85" + dtype + b"\x89C\x0812345678tb"
+
+
+ARRAY = array_of(FLOAT)
 COMMAND = text("touch it-ran") + b"\x85"
 
 
@@ -182,25 +188,26 @@ STREAMS = {
     "object dtype": (DTYPE + text("O") + b"\x89\x88\x87R", "dtype 'O'"),
     "structured dtype": (DTYPE + text("f4,O") + b"\x89\x88\x87R", "dtype 'f4,O'"),
     "dtype from a class": (DTYPE + QUANTIZED + b"\x89\x88\x87R", "dtype __main__.Quantized"),
-    "aligned dtype": (DTYPE + text("f4") + b"\x88\x88\x87R", "found: dtype 'f4'"),
+    "aligned dtype": (
+        DTYPE + text("f4") + b"\x88\x88\x87R", r"a dtype of \('f4', True, True\)"
+    ),
     "object flags": (
-        NEW_FLOAT + FLOAT_STATE[:-2] + b"\x01tb", r"state \(3, '<', None, None, None, -1, -1, 1\)"
+        array_of(NEW_FLOAT + FLOAT_STATE[:-2] + b"\x01tb"),
+        r"state \(3, '<', None, None, None, -1, -1, 1\)"
     ),
     "byte order of bytes": (
-        NEW_FLOAT + FLOAT_STATE.replace(b"\x01<", b"\x01|") + b"b", r"found: the state \(3, '\|'"
+        array_of(NEW_FLOAT + FLOAT_STATE.replace(b"\x01<", b"\x01|") + b"b"),
+        r"found: the state \(3, '\|'"
     ),
-    "dtype without state": (
-        NEW_ARRAY + b"(K\x01K\x02\x85" + NEW_FLOAT + b"\x89C\x0812345678tb",
-        "dtype float32 without state",
-    ),
+    "dtype without state": (array_of(NEW_FLOAT), "of dtype float32\n  found: the state None"),
     "array of array": (
-        NEW_ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89" + ARRAY + b"tb", "an array's state"
+        NEW_ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89" + ARRAY + b"tb", "a dtype, False, an array"
     ),
     "state of a global": (RECONSTRUCT + b"}b", "the state of numpy.core.multiarray._reconstruct"),
     "state of a class": (QUANTIZED + b"}b", "the state of __main__.QuantizedWeight8bit"),
     "state of a tuple": (b")}b", r"the state of \(\)"),
-    "state twice": (ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89C\x0812345678tb", "a second one"),
-    "dtype state twice": (FLOAT + FLOAT_STATE + b"b", "a second one"),
+    "state twice": (ARRAY + b"(K\x01K\x02\x85" + FLOAT + b"\x89C\x0812345678tb", "the state of an array"),
+    "dtype state twice": (FLOAT + FLOAT_STATE + b"b", "the state of a dtype"),
     "boolean shape": (NEW_ARRAY + b"(K\x01\x88\x85" + FLOAT + b"\x89C\x041234tb", "positive int"),
     "negative shape": (
         NEW_ARRAY + b"(K\x01J\xff\xff\xff\xffJ\xfe\xff\xff\xff\x86" + FLOAT + b"\x89C\x0812345678tb",
@@ -212,22 +219,22 @@ STREAMS = {
         NEW_ARRAY + b"(K\x01(" + b"J\xff\xff\xff\x7f" * 8 + b"t" + FLOAT + b"\x89C\x041234tb",
         "found: a payload of 4 bytes",
     ),
-    "other version": (NEW_ARRAY + b"(K\x02K\x02\x85" + FLOAT + b"\x89C\x0812345678tb", "version 2"),
-    "incomplete array": (NEW_ARRAY, "expected: one array or one quantised weight"),
-    "incomplete weight": (QUANTIZED + b")\x81", "expected: one array or one quantised weight"),
+    "other version": (NEW_ARRAY + b"(K\x02K\x02\x85" + FLOAT + b"\x89C\x0812345678tb", r"state \(2, "),
+    "incomplete array": (NEW_ARRAY, "and the state None"),
+    "incomplete weight": (QUANTIZED + b")\x81", "scales: array}\n  found: None"),
     "bare payload": (b"C\x0812345678", "expected: one array.*\n  found: 8 bytes"),
     "nothing": (b"", "found: nothing"),
     "two arrays": (ARRAY + ARRAY, "found: an array, an array"),
     "open mark": (b"(" + ARRAY, "expected: one array"),
     "weight without arrays": (
-        QUANTIZED + b")\x81}(" + text("weight") + b"N" + text("scales") + b"Nub", "scales: array"
+        QUANTIZED + b")\x81}(" + text("weight") + b"N" + text("scales") + b"Nub", "an array\n  found: None"
     ),
     "weight with other entries": (
         QUANTIZED + b")\x81}(" + text("__class__") + QUANTIZED + b"ub", "found: '__class__'"
     ),
     "weight with one entry": (QUANTIZED + b")\x81}(" + text("weight") + ARRAY + b"ub", "entries"),
     "entry without a value": (
-        QUANTIZED + b")\x81}(" + text("weight") + ARRAY + text("scales") + b"ub", "1 values"
+        QUANTIZED + b")\x81}(" + text("weight") + ARRAY + text("scales") + b"ub", "an array, 'scales'"
     ),
     "entries of a global": (QUANTIZED + b"(" + text("weight") + b"K\x01u", "the entries 'weight'"),
     "weight with slots": (QUANTIZED + b")\x81N}\x86b", r"scales: array\}\n  found: \(None, a dict"),

@@ -245,7 +245,7 @@ def test_missing_and_other_arrays(damaged):
         ({"hidden_size": None}, "'hidden_size' is missing", ConfigError),
         ({"num_experts": "8"}, "'num_experts' must be a number", ConfigError),
         ({"num_key_value_heads": 5}, "n_kv_heads must divide", ConfigError),
-        ({"intermediate_size": 96}, "floats of shape (96, 64)", CheckpointError),
+        ({"intermediate_size": 96}, "float16[96, 64]", CheckpointError),
         ({"num_hidden_layers": 11}, "model.layers.11.", CheckpointError),
     ],
 )

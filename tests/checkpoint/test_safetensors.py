@@ -156,21 +156,23 @@ def test_any_header_is_read_or_refused(tmp_path_factory, text):
 
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+NOT_OF_THE_FORMAT = "expected: a safetensors file\n  found: "
 
 
 @pytest.mark.parametrize(
     "header, message",
     [
-        ({"a": GOOD | {"dtype": "F64"}}, "in one of F32"),
-        ({"a": GOOD | {"shape": [3]}}, "expected: 12 bytes"),
-        ({"a": GOOD | {"shape": [-2]}}, "shape [-2]"),
-        ({"a": GOOD | {"shape": [2.0]}}, "shape [2.0]"),
+        ({"a": GOOD | {"dtype": "I64", "shape": [1]}}, "in one of F32"),
         ({"a": GOOD | {"extra": 1}}, "data_offsets of 'a'"),
-        ({"a": GOOD | {"data_offsets": [4, 12]}}, "without gaps"),
-        ({"a": GOOD, "b": GOOD}, "without gaps"),
-        ({"__metadata__": {"x": 1}, "a": GOOD}, "metadata that is not text"),
-        ({"a": GOOD | {"shape": [2, 1], "data_offsets": [0, 16]}}, "expected: 8 bytes"),
-        ([], "JSON of a list"),
+        ({"a": GOOD | {"shape": [3]}}, NOT_OF_THE_FORMAT),
+        ({"a": GOOD | {"shape": [-2]}}, NOT_OF_THE_FORMAT),
+        ({"a": GOOD | {"shape": [2.0]}}, NOT_OF_THE_FORMAT),
+        ({"a": GOOD | {"shape": [1 << 40, 1 << 40]}}, NOT_OF_THE_FORMAT),
+        ({"a": GOOD | {"data_offsets": [4, 12]}}, NOT_OF_THE_FORMAT),
+        ({"a": GOOD, "b": GOOD}, NOT_OF_THE_FORMAT),
+        ({"__metadata__": {"x": 1}, "a": GOOD}, NOT_OF_THE_FORMAT),
+        ({"a": GOOD | {"shape": [2, 1], "data_offsets": [0, 16]}}, NOT_OF_THE_FORMAT),
+        ([], NOT_OF_THE_FORMAT),
     ],
 )
 def test_bad_headers(tmp_path, header, message):
@@ -178,17 +180,18 @@ def test_bad_headers(tmp_path, header, message):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(CheckpointError) as e:
         read_safetensors(tmp_path / "x.safetensors")
-    assert message in str(e.value)
+    assert message in str(e.value) and "what to do: " in str(e.value)
 
 
 def test_stand_ins(tmp_path):
     path = tmp_path / "x.safetensors"
     for content, message in [
-        (b"", "0 bytes"),
+        (b"", f"{NOT_OF_THE_FORMAT}0 bytes: "),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (struct.pack("<Q", 1 << 60) + b"{}", "a header of 1,152,921,504,606,846,976 bytes"),
-        (b'\x20\0\0\0\0\0\0\0{"a":1,"a":2}                   ', "a name twice"),
-        (encode_header({"a": (np.dtype("f4"), (2,))}, {}), "found: 4,096 bytes"),
+        (struct.pack("<Q", 1 << 60) + b"{}", f"{NOT_OF_THE_FORMAT}10 bytes: "),
+        (b'\x20\0\0\0\0\0\0\0{"a":1,"a":2}                   ', NOT_OF_THE_FORMAT),
+        (encode_header({"a": (np.dtype("f4"), (2,))}, {}), f"{NOT_OF_THE_FORMAT}4,096 bytes: "),
+        (struct.pack("<Q", 100_005) + b'{"a":' + b"[" * 100_000, NOT_OF_THE_FORMAT),
     ]:
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as e:

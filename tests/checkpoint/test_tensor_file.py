@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from grokkit.checkpoint import encoded_size, read_tensor, write_tensor
 from grokkit.checkpoint.pages import PAGE
-from grokkit.checkpoint.pickle_layout import Slot, layout, layout_size
-from grokkit.checkpoint.pickle_objects import Global
+from grokkit.checkpoint.pickle_objects import Global, Payload
 from grokkit.checkpoint.tensor_file import _opened_directly
+from grokkit.checkpoint.tensor_writer import layout, layout_size
 from grokkit.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -58,7 +58,7 @@ def test_header_of_a_large_array():
     """151 bytes before the official embedding's payload."""
     header, slot, tail = layout(((131072, 6144), np.dtype("float32")))
     assert isinstance(header, bytes) and len(header) == 151
-    assert slot == Slot(0, 131072 * 6144 * 4)
+    assert slot == Payload(131072 * 6144 * 4)
     assert isinstance(tail, bytes) and len(tail) == 14
 
 
@@ -76,7 +76,7 @@ def test_reading_touches_no_payload(tmp_path):
     path = tmp_path / "large"
     with open(path, "wb") as file:
         for piece in layout((shape, np.dtype("float32"))):
-            if isinstance(piece, Slot):
+            if isinstance(piece, Payload):
                 file.seek(piece.nbytes, os.SEEK_CUR)
             else:
                 file.write(piece)
@@ -94,7 +94,7 @@ def test_payloads_beyond_four_gigabytes(tmp_path):
     path = tmp_path / "huge"
     with open(path, "wb") as file:
         for piece in layout(((5, 1 << 30), np.dtype("int8"))):
-            if isinstance(piece, Slot):
+            if isinstance(piece, Payload):
                 file.seek(piece.nbytes, os.SEEK_CUR)
             else:
                 file.write(piece)
@@ -108,7 +108,8 @@ AROUND_A_FRAME = [1, 127, 128, 255, 256, 32000, 65300, 65341, 65342, 65343, 6538
 
 
 def fill(pieces: list, arrays: list[np.ndarray]) -> bytes:
-    return b"".join(arrays[p.number].tobytes() if isinstance(p, Slot) else p for p in pieces)
+    rest = iter(arrays)
+    return b"".join(next(rest).tobytes() if isinstance(p, Payload) else p for p in pieces)
 
 
 def pickled(value: object) -> bytes:

@@ -1,13 +1,11 @@
 """The exported page: nothing in it runs but its own script, and nothing is fetched."""
 
 import json
-import os
 import re
-import stat
 
 import pytest
 
-from grokkit.widgets.view import KINDS, View, page, write_text
+from grokkit.widgets.view import KINDS, View, page
 
 EVIL = '</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">&<!--'
 
@@ -41,19 +39,3 @@ def test_scripts_never_write_markup():
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", View._esm
     )
-
-
-def test_files_are_whole_or_not_there(tmp_path):
-    path = write_text(tmp_path / "page.html", "first")
-    assert path.read_text() == "first"
-    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0o666 & ~current_umask() & 0o077
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "half \ud800")
-    assert path.read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

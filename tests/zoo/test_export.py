@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import grokkit
+from grokkit.abstract_model import Output
 from grokkit.errors import GrokkitError
-from grokkit.model import Output
 from grokkit.quant import dequantize
 from grokkit.zoo.nano import evaluate, windows
 from grokkit.zoo.nano.data import TOKENIZER_FILE

@@ -54,21 +54,20 @@ class Code:
         self.function = ir.Function(module, kind, name)
         self.function.linkage = "" if is_public else "internal"
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.when = self.builder.if_then
         self.arguments = [Int(self, a) for a in self.function.args]
 
     def integer(self, value: Any) -> Int:
         """A constant, or the same integer."""
         return value if isinstance(value, Int) else Int(self, value)
 
-    def call(self, function: ir.Function, *arguments: Any) -> None:
+    def call(self, function: Any, *arguments: Any) -> None:
         """Call another function."""
         self.builder.call(function, [self.integer(a).value for a in arguments])
 
-    def call_at(self, address: Int, argument: Int) -> None:
-        """Call what is at an address with a pointer."""
-        pointer = I8.as_pointer()
-        function = self._pointer(address, ir.FunctionType(pointer, [pointer]))
-        self.builder.call(function, [self.builder.inttoptr(argument.value, pointer)])
+    def function_at(self, address: Int, n_arguments: int) -> Any:
+        """A function of 64-bit integers, or of addresses."""
+        return self._pointer(address, ir.FunctionType(I64, [I64] * n_arguments))
 
     def address_of(self, thing: Any) -> Int:
         """Of a function, a global variable or a local one."""
@@ -86,10 +85,8 @@ class Code:
 
     def atomic(self, operation: str, address: Int, value: Any) -> Int:
         """Change the integer at an address in one step. **Returns:** what it was."""
-        place = self._pointer(address, I64)
-        return Int(
-            self, self.builder.atomic_rmw(operation, place, self.integer(value).value, "seq_cst")
-        )
+        place, value = self._pointer(address, I64), self.integer(value).value
+        return Int(self, self.builder.atomic_rmw(operation, place, value, "seq_cst"))
 
     def finish(self) -> ir.Function:
         """End the function: it returns 0."""
@@ -118,9 +115,8 @@ class Code:
         pointer = I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         to_read, into_second_cache, data = I32(0), I32(2), I32(1)
-        place = self.builder.inttoptr(address.value, pointer)
-        function = intrinsic(self, "llvm.prefetch.p0", kind)
-        self.builder.call(function, [place, to_read, into_second_cache, data])
+        arguments = [self._pointer(address, I8), to_read, into_second_cache, data]
+        self.builder.call(intrinsic(self, "llvm.prefetch.p0", kind), arguments)
 
     def _pointer(self, address: Int, kind: ir.Type) -> Any:
         return self.builder.inttoptr(address.value, kind.as_pointer())
@@ -153,18 +149,11 @@ class Code:
     @contextlib.contextmanager
     def range(self, start: Any, stop: Any, step: Any = 1) -> Iterator[Int]:
         """A loop; its value is the index."""
-        builder, step = self.builder, self.integer(step)
         place = self.variable(self.integer(start).value)
-        head, body, end = (self.function.append_basic_block(n) for n in ("head", "body", "end"))
-        builder.branch(head)
-        builder.position_at_end(head)
-        index = Int(self, builder.load(place))
-        builder.cbranch(index < stop, body, end)
-        builder.position_at_end(body)
-        yield index
-        builder.store((index + step).value, place)
-        builder.branch(head)
-        builder.position_at_end(end)
+        with self.repeat(lambda: Int(self, self.get(place)) < stop):
+            index = Int(self, self.get(place))
+            yield index
+            self.set(place, (index + step).value)
 
     @contextlib.contextmanager
     def repeat(self, condition: Callable[[], Any]) -> Iterator[None]:
@@ -178,20 +167,19 @@ class Code:
         self.builder.branch(head)
         self.builder.position_at_end(end)
 
-    @contextlib.contextmanager
-    def when(self, condition: Any) -> Iterator[None]:
-        """Instructions that are run on a condition."""
-        with self.builder.if_then(condition):
-            yield
+    def call_one(self, count: Int, functions: list[ir.Function], *arguments: Any) -> None:
+        """Call the first, the second, ... of some functions."""
+        for i, function in enumerate(functions, start=1):
+            with self.when(count == i):
+                self.call(function, *arguments)
 
 
 def splat(code: Code, number: Any, lanes: int) -> Any:
     """The number in every lane of a vector."""
     none = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
     first = code.builder.insert_element(none, number, I32(0))
-    return code.builder.shuffle_vector(
-        first, none, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-    )
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return code.builder.shuffle_vector(first, none, zeros)
 
 
 def widened(code: Code, halves: Any) -> Any:

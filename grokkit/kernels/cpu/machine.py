@@ -13,7 +13,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from grokkit import compilation_cache
-from grokkit.kernels.cpu import handler
+from grokkit.kernels.cpu import handler, tiles
 from grokkit.runtime import compiling, files
 
 _DIGEST_BYTES = 32
@@ -35,17 +35,19 @@ class Target(NamedTuple):
         """Whether it multiplies bfloat16 numbers in pairs, in vectors of 512 bits."""
         return self._has("avx512f") and self._has("avx512bf16")
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether it multiplies tiles of bfloat16 numbers (AMX), and the system allows it."""
+        return self.has_pairs and self._has("amx-bf16") and tiles.are_allowed()
+
     def _has(self, feature: str) -> bool:
         return f"+{feature}" in self.features.split(",")
 
 
 @functools.cache
 def target() -> Target:
-    """The processor to compile for: this one, unless the environment names another.
-
-    The variables are Numba's: with `NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=` the kernels are
-    those of a processor without AVX-512.
-    """
+    """The processor to compile for: this one, unless the environment names another, by the variables
+    that Numba has for it: `NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=` is one without AVX-512."""
     host = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     name = os.environ.get("NUMBA_CPU_NAME") or host[0]
     usual = host[1] if name == host[0] else ""
@@ -53,21 +55,26 @@ def target() -> Target:
 
 
 @functools.cache
-def register() -> Any:
-    """Make the kernels known to XLA; returns what must live as long as XLA may call them."""
+def register() -> None:
+    """Make the kernels known to XLA, once."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()  # for an instruction that is written by its name
+    tell_xla(handler.NAME, machine_code())
+
+
+def tell_xla(name: str, code: bytes) -> None:
+    """Tell XLA by what name it calls the kernels of an object file."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code()))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
+    address = engine.get_function_address(handler.NAME)
+    engine.detach()  # never freed: at the end a thread may still be on its way out
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype = ctypes.py_object
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    address = engine.get_function_address(handler.NAME)
     call = capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
-    jax.ffi.register_ffi_target(handler.NAME, call, platform="cpu", api_version=1)
-    return engine
+    jax.ffi.register_ffi_target(name, call, platform="cpu", api_version=1)
 
 
 def machine_code() -> bytes:
@@ -91,7 +98,13 @@ def compile_kernels() -> bytes:
     """An object file of all kernels."""
     module = ir.Module("grokkit")
     module.triple = llvm.get_default_triple()
-    handler.write(module, target().lanes, target().has_pairs)
+    of = target()
+    handler.write(module, of.lanes, of.has_pairs, of.has_tiles)
+    return compile_module(module)
+
+
+def compile_module(module: ir.Module) -> bytes:
+    """An object file of a module, for `target`."""
     parsed, machine = llvm.parse_assembly(str(module)), _target_machine()
     # The kernels are written in vectors: the passes that look for some would only take time.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
@@ -114,6 +127,6 @@ def _kept_at() -> Path | None:
         return None
     sources = sorted(Path(__file__).parent.glob("*.py"))
     parts = [source.read_bytes() for source in sources]
-    parts += [repr((llvm.llvm_version_info, *target())).encode()]
+    parts += [repr((llvm.llvm_version_info, *target(), target().has_tiles)).encode()]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
     return folder / f"kernels-{digest.hexdigest()[:16]}.o"

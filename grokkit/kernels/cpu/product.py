@@ -19,7 +19,7 @@ _A_THREAD = 2**18
 """Entries of the matrix that are worth waking one thread more for."""
 _ONE_AT_A_TIME = threading.Lock()
 
-_Floats = Float[Array, "*stack n k"] | UInt16[Array, "*stack n k"]
+_Floats = Float[Array, "*stack rows columns"] | UInt16[Array, "*stack rows columns"]
 """Matrices of float32, or of the bits of bfloat16."""
 
 
@@ -46,7 +46,7 @@ def is_fit_for_sums(rows: int, n: int) -> bool:
 
 
 def product(
-    x: Float[Array, "row k"],
+    x: Float[Array, "row k"] | UInt32[Array, "block pair lane"],
     starts: Int[Array, " start"],
     weight: Int8[Array, "*stack n k"],
     scales: BFloat16[Array, "*stack g n"],
@@ -56,86 +56,57 @@ def product(
 
     **Arguments:**
 
-    - `x`: rows, in float32, sorted by the matrix that they meet.
-    - `starts`: where the rows of each matrix begin, and the last ones' end. Of a matrix that no row
-        meets nothing is read.
+    - `x`: rows in float32, sorted by the matrix that they meet; or from `pack`, each block for one
+        matrix.
+    - `starts`: where the rows of each matrix begin, and the last ones' end; or the blocks. Of a
+        matrix that no row meets nothing is read, and for blocks beyond the end nothing is written.
     - `weight`, `scales`: the stack, and its groups' scales.
     - `place`: where in the stack the first matrix is.
 
     **Returns:** the products, in float32.
     """
-    rows, k = x.shape
-    return _call(handler.PRODUCT_INT8, x, rows, k, starts, weight, place, scales)
+    is_packed = x.ndim == 3
+    kind, k = (handler.GEMM, 2 * x.shape[1]) if is_packed else (handler.PRODUCT_INT8, x.shape[1])
+    rows = x.shape[0] * (BLOCK if is_packed else 1)
+    return _call(kind, x, rows, k, starts, weight, place, scales)
 
 
 def pack(x: Float[Array, "row k"]) -> UInt32[Array, "block pair lane"]:
-    """Round rows to bfloat16 and lay the pairs of `gemm.ROWS` of them side by side."""
+    """Round rows to bfloat16 and lay the pairs of `BLOCK` of them side by side."""
     rows, k = x.shape
     pairs = x.astype(jnp.bfloat16).reshape(rows, k // 2, 2)
     bits = jax.lax.bitcast_convert_type(pairs, jnp.uint32)
-    return jnp.swapaxes(bits.reshape(-1, gemm.ROWS, k // 2), 1, 2)
-
-
-def packed_product(
-    packed: UInt32[Array, "block pair lane"],
-    starts: Int[Array, " start"],
-    weight: Int8[Array, "*stack n k"],
-    scales: BFloat16[Array, "*stack g n"],
-    place: Int[Array, ""],
-) -> Float[Array, "row n"]:
-    """`product` of rows in bfloat16 from `pack`, each block's for one matrix.
-
-    **Arguments:** as there, but for
-
-    - `starts`: where the blocks of each matrix begin, and the last ones' end. Of the blocks beyond
-        nothing is read, nor anything written.
-    """
-    blocks, half, rows = packed.shape
-    return _call(handler.GEMM, packed, blocks * rows, 2 * half, starts, weight, place, scales)
+    return jnp.swapaxes(bits.reshape(-1, BLOCK, k // 2), 1, 2)
 
 
 def float_products(
-    x: Float[Array, "matrix row k"],
-    reach: Int[Array, " matrix"],
-    weight: _Floats,
-    place: Int[Array, ""],
+    x: Float[Array, "matrix row k"], reach: Int[Array, " matrix"], weight: _Floats, place: Array
 ) -> Float[Array, "matrix row n"]:
-    """Some rows times each of consecutive matrices of a stack, as `is_fit_for_products` wants.
+    """Some rows times each of consecutive matrices [n, k] of a stack, as `is_fit_for_products` wants.
 
     **Arguments:**
 
     - `x`: each matrix's rows, in float32.
-    - `reach`: how many of each matrix's outputs are wanted. Of the others most are 0, and none is
-        of use. What is out of reach is not read.
+    - `reach`: how many of each matrix's outputs are wanted; the others are 0.
     - `weight`: the stack. It is best what was last written to: what XLA reshapes or slices it may
         copy.
     - `place`: where in the stack the first matrix is.
-
-    **Returns:** the products, in float32.
     """
-    return _with_floats(handler.PRODUCT_FLOAT32, x, reach, weight, place)
+    return _with_floats(handler.PRODUCT_FLOAT32, x, reach, weight, place, weight.shape[-2])
 
 
 def float_sums(
-    x: Float[Array, "matrix row k"],
-    reach: Int[Array, " matrix"],
-    weight: Float[Array, "*stack k n"] | UInt16[Array, "*stack k n"],
-    place: Int[Array, ""],
+    x: Float[Array, "matrix row k"], reach: Int[Array, " matrix"], weight: _Floats, place: Array
 ) -> Float[Array, "matrix row n"]:
-    """Sums of the rows of each of consecutive matrices of a stack, weighted by those of `x`.
-
-    **Arguments:** as for `float_products`, but for
-
-    - `reach`: how many of a matrix's rows are added; the weights of the others count as 0.
-    """
-    return _with_floats(handler.SUMS_FLOAT32, x, reach, weight, place)
+    """The same with matrices [k, n], as `is_fit_for_sums` wants; `reach` is how many of a matrix's
+    rows are added: those beyond are not read."""
+    return _with_floats(handler.SUMS_FLOAT32, x, reach, weight, place, weight.shape[-1])
 
 
-def _with_floats(kind: int, x: Array, reach: Array, weight: Array, place: Array) -> Array:
+def _with_floats(kind: int, x: Array, reach: Array, weight: Array, place: Array, n: int) -> Array:
     matrices, rows, k = x.shape
     starts = rows * jnp.arange(matrices + 1, dtype=jnp.int32)
     kind += weight.dtype != jnp.float32
-    n = weight.shape[-2] if kind < handler.SUMS_FLOAT32 else weight.shape[-1]
     flat, n_rows = x.reshape(-1, k), matrices * rows
     found = _call(kind, flat, n_rows, k, starts, weight, place, reach=reach, n=n)
     return found.reshape(matrices, rows, n)
@@ -153,7 +124,7 @@ def _call(
     matrices = starts.shape[0] - 1
     reach = jnp.full(matrices, n) if reach is None else reach
     n_threads = _threads(rows, n * k)
-    numbers = [kind, k, groups, place, n_threads, matrices, starts, reach]
+    numbers = [kind, k, n, groups, place, n_threads, matrices, starts, reach]
     facts = jnp.concatenate([jnp.ravel(jnp.asarray(i, jnp.int32)) for i in numbers])
     bits = weight if scales is None else jax.lax.bitcast_convert_type(scales, jnp.uint16)
     x = varying(x, bits)

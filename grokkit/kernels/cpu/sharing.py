@@ -16,7 +16,7 @@ _LEFT, _DONE, _BUSY, _HELPERS, _WORK = 0, 16, 32, 48, 64
 """Places in the state, some apart so that threads do not wait for each other's cache lines: how
 many pieces nobody has taken, how many are done, whether there is a product, how many helpers are
 asked for or at work; and the product."""
-SIZE = 8
+SIZE = 6
 """Words that describe a product."""
 _ASKS = 500  # how often a helper asks in vain before it ends: some tenth of a millisecond
 _POOL_SCHEDULE = 17  # place in XLA_FFI_Api
@@ -31,8 +31,8 @@ def write(module: ir.Module, piece: ir.Function) -> ir.Function:
     kind = ir.ArrayType(I64, _WORK + SIZE)
     state: Any = ir.GlobalVariable(module, kind, "shared_work")
     state.linkage, state.initializer, state.align = "internal", ir.Constant(kind, None), 64
-    let_others = ir.Function(module, ir.FunctionType(I32, []), "sched_yield")
-    helper = _helper(module, state, piece, let_others)
+    wait = ir.Function(module, ir.FunctionType(I32, []), "sched_yield")
+    helper = _helper(module, state, piece, wait)
 
     code = Code(module, "share", 5)
     work, pieces, threads, api, context = code.arguments
@@ -52,18 +52,16 @@ def write(module: ir.Module, piece: ir.Function) -> ir.Function:
             wanted = threads - 1 - code.atomic("add", at + 8 * _HELPERS, 0)
             with code.range(0, wanted):
                 code.atomic("add", at + 8 * _HELPERS, 1)
-                code.call_at(code.word(api, _POOL_SCHEDULE), request)
+                code.call(code.function_at(code.word(api, _POOL_SCHEDULE), 1), request)
             _take_pieces(code, at, piece)
             with code.repeat(lambda: code.atomic("add", at + 8 * _DONE, 0) < pieces):
-                code.builder.call(let_others, [])
+                code.builder.call(wait, [])
             code.atomic("xchg", at + 8 * _BUSY, 0)
     return code.finish()
 
 
-def _helper(
-    module: ir.Module, state: Any, piece: ir.Function, let_others: ir.Function
-) -> ir.Function:
-    """What a thread of the pool runs: it stays for a moment after each product, for to wake a thread
+def _helper(module: ir.Module, state: Any, piece: ir.Function, wait: ir.Function) -> ir.Function:
+    """What a thread of the pool runs. It stays for a moment after each product: to wake a thread
     takes as long as a small product."""
     code = Code(module, "help", 1)
     at, asked = code.address_of(state), code.variable(I64(0))
@@ -72,7 +70,7 @@ def _helper(
         with code.when(code.integer(0) < code.atomic("add", at + 8 * _LEFT, 0)):
             code.set(asked, I64(0))
             _take_pieces(code, at, piece)
-        code.builder.call(let_others, [])
+        code.builder.call(wait, [])
     code.atomic("add", at + 8 * _HELPERS, -1)
     return code.finish()
 
@@ -81,8 +79,7 @@ def _take_pieces(code: Code, at: Int, piece: ir.Function) -> None:
     """Run pieces of the present product until none is left."""
     with code.repeat(lambda: code.integer(0) < code.atomic("add", at + 8 * _LEFT, 0)):
         left = code.atomic("add", at + 8 * _LEFT, -1)
-        with code.when(
-            code.integer(0) < left
-        ):  # and so the product cannot end before this piece does
+        # The product cannot end before a piece that is taken does.
+        with code.when(code.integer(0) < left):
             code.call(piece, at + 8 * _WORK, left - 1)
             code.atomic("add", at + 8 * _DONE, 1)

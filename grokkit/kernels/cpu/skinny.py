@@ -48,10 +48,9 @@ def write(module: ir.Module, entry: int, lanes: int) -> ir.Function:
         stop = code.least(start + at_once, last)
         with code.range(0, rows, most) as row:
             some = code.least(rows - row, most)
-            for count, tile in enumerate(tiles, start=1):
-                with code.when(some == count):
-                    row_at, to = x + row * k * 4, out + row * n * 4
-                    code.call(tile, row_at, weight, scales, to, start, stop, last, k, groups, n)
+            row_at, to = x + row * k * 4, out + row * n * 4
+            where = row_at, weight, scales, to, start, stop, last, k, groups, n
+            code.call_one(some, tiles, *where)
     return code.finish()
 
 

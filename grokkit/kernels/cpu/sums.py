@@ -23,9 +23,7 @@ def write(module: ir.Module, entry: int, lanes: int) -> ir.Function:
     with code.range(first, last, lanes * VECTORS) as output, code.range(0, rows, _ROWS) as row:
         some = code.least(rows - row, _ROWS)
         weight_at, to = weight + output * BYTES[entry], out + (row * n + output) * 4
-        for count, tile in enumerate(tiles, start=1):
-            with code.when(some == count):
-                code.call(tile, x + row * k * 4, weight_at, to, k, n, code.least(k, reach))
+        code.call_one(some, tiles, x + row * k * 4, weight_at, to, k, n, code.least(k, reach))
     return code.finish()
 
 

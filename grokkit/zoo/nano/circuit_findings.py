@@ -5,7 +5,6 @@ puts each between its markers on the page.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from grokkit.errors import GrokkitError
 from grokkit.language_model import LanguageModel
 from grokkit.loading import load
+from grokkit.runtime import files
 from grokkit.sharding import make_mesh
 from grokkit.zoo.nano import circuit_tables as tables_of
 from grokkit.zoo.nano.circuit_tables import INDUCTION_HEAD
@@ -148,9 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     if page is None:
         print("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()))
         return
-    partial = options.write.with_suffix(".partial")
-    partial.write_text(fill(page, tables), encoding="utf-8")
-    os.replace(partial, options.write)
+    files.write(options.write, fill(page, tables))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Token streams of the domains, made once and kept in the run's folder."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from grokkit.errors import GrokkitError
+from grokkit.runtime import files
 from grokkit.zoo.nano import domains as domains_module
 from grokkit.zoo.nano.tokenizer import VOCAB_SIZE, train_tokenizer, write_tokenizer
 
@@ -69,12 +69,9 @@ def prepare(
         arrays[f"train/{name}"] = encode_documents(processor, list(split.train.values()))
         arrays[f"held_out/{name}"] = encode_documents(processor, list(split.held_out.values()))
         texts[name] = {"digest": split.digest(), "documents": split.held_out}
-    partial = run / "tokens.partial.npz"
-    np.savez(partial, **arrays)
-    os.replace(partial, run / _TOKENS_FILE)
-    partial = run / "held_out.partial"
-    partial.write_text(json.dumps(texts), encoding="utf-8")
-    os.replace(partial, run / _TEXTS_FILE)
+    with files.replacing(run / _TOKENS_FILE) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    files.write(run / _TEXTS_FILE, json.dumps(texts))
     write_tokenizer(model, run / TOKENIZER_FILE)  # last: its presence says that all is there
 
 

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from grokkit.config import GrokConfig
 from grokkit.language_model import LanguageModel
+from grokkit.runtime import files
 from grokkit.taps import Capture
 from grokkit.zoo.nano.data import Corpus
 from grokkit.zoo.nano.export import FLOATS_FILE, load_floats
@@ -324,7 +324,5 @@ def table(card: dict[str, Any]) -> str:
 
 
 def write_card(card: dict[str, Any], directory: Path) -> None:
-    """Write the card beside the weights, under a temporary name that is then renamed."""
-    partial = directory / "card.partial"
-    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, directory / CARD_FILE)
+    """Write the card beside the weights."""
+    files.write(directory / CARD_FILE, json.dumps(card, indent=1) + "\n")

@@ -1,6 +1,5 @@
 """From a run's float parameters to the shipped checkpoint: 8 bits, the official layout."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,11 +12,13 @@ from grokkit.checkpoint.saving import save_params
 from grokkit.config import GrokConfig
 from grokkit.errors import GrokkitError
 from grokkit.layers.attention import Attention
+from grokkit.layers.block import Block
 from grokkit.layers.embedding import Embedding
 from grokkit.layers.moe import MoE
 from grokkit.layers.rms_norm import RMSNorm
-from grokkit.model import Block, Grok
+from grokkit.model import Grok
 from grokkit.quant import quantize
+from grokkit.runtime import files
 from grokkit.zoo.nano.data import TOKENIZER_FILE
 from grokkit.zoo.nano.recipe import Recipe
 from grokkit.zoo.nano.train import LATEST, load_state
@@ -103,17 +104,13 @@ def export(recipe: Recipe, run: Path, directory: Path) -> int:
 
 
 def save_floats(path: Path, params: Params, step: int) -> None:
-    """Write float parameters, named, under a temporary name that is then renamed."""
+    """Write float parameters, named."""
     named = {"embedding": params["embedding"], "final_norm": params["final_norm"]}
     for i, layer in enumerate(params["layers"]):
         named |= {f"layers/{i}/{name}": value for name, value in layer.items()}
-    partial = path.with_name(path.stem + ".partial.npz")
-    try:
-        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in named.items()}
-        np.savez(partial, step=step, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in named.items()}
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, step=step, **arrays)
 
 
 def load_floats(path: Path, config: GrokConfig) -> tuple[Params, int]:

@@ -6,10 +6,10 @@
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from grokkit.errors import GrokkitError
+from grokkit.runtime import files
 
 FILE = Path(__file__).with_name("held_out_sample.json")
 PASSAGES, CHARACTERS = 16, 700
@@ -88,10 +88,7 @@ def write_sample(run: Path, path: Path = FILE) -> None:
         }
         for name, entry in held_out.items()
     }
-    partial = path.with_suffix(".partial")
-    text = json.dumps({"domains": domains}, indent=1, ensure_ascii=False) + "\n"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    files.write(path, json.dumps({"domains": domains}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ puts each between its markers on the page.
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from grokkit.analysis.causal_routing import Removal, forced_choices, remove_expe
 from grokkit.analysis.statistics import Null, Resampled
 from grokkit.errors import GrokkitError
 from grokkit.loading import load
+from grokkit.runtime import files
 from grokkit.sharding import make_mesh
 from grokkit.zoo.nano import routing_tables as tables_of
 from grokkit.zoo.nano.held_out import load_sample
@@ -133,9 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     if page is None:
         print("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()))
         return
-    partial = options.write.with_suffix(".partial")
-    partial.write_text(fill(page, tables), encoding="utf-8")
-    os.replace(partial, options.write)
+    files.write(options.write, fill(page, tables))
 
 
 if __name__ == "__main__":

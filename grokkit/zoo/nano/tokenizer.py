@@ -1,10 +1,11 @@
 """nano's SentencePiece model: the official one's conventions at a thirtieth of its size."""
 
 import io
-import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from grokkit.runtime import files
 
 VOCAB_SIZE = 4096
 _SPACE = "\u2581"  # SentencePiece's visible space
@@ -76,8 +77,6 @@ def train_tokenizer(
 
 
 def write_tokenizer(model: bytes, path: Path) -> None:
-    """Write a tokenizer beside its final name and rename it, so that no half file is left."""
+    """Write a tokenizer, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(model)
-    os.replace(partial, path)
+    files.write(path, model)

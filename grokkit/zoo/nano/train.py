@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import signal
 import threading
 import time
@@ -19,6 +18,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from tqdm.auto import tqdm
 
 from grokkit.errors import GrokkitError
+from grokkit.runtime import files
 from grokkit.zoo.nano.data import Corpus
 from grokkit.zoo.nano.recipe import Recipe
 from grokkit.zoo.nano.training_model import init_params, training_loss
@@ -102,15 +102,11 @@ def make_step(recipe: Recipe) -> Callable:
 
 
 def save_state(path: Path, state: State) -> None:
-    """Write a state under a temporary name and rename it: arrays only, nothing pickled."""
+    """Write a state: arrays only, nothing pickled."""
     leaves = jax.tree.leaves((state.params, state.optimizer))
     arrays: dict[str, Any] = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-    partial = path.with_name(path.stem + ".partial.npz")
-    try:
-        np.savez(partial, step=state.step, decay=state.decay, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, step=state.step, decay=state.decay, **arrays)
 
 
 def load_state(path: Path, recipe: Recipe) -> State:
