@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from grokkit import cpu
 from grokkit.checkpoint import Checkpoint
-from grokkit.checkpoint.loading import load_planned, plan_params
-from grokkit.checkpoint.streaming import LayerReader
+from grokkit.checkpoint.load import load_planned, plan_params
+from grokkit.checkpoint.stream import LayerReader
 from grokkit.config import GrokConfig
 from grokkit.kv_cache import KVCache
 from grokkit.layers.attention import KEY_BLOCK

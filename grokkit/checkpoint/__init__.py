@@ -7,7 +7,7 @@ from grokkit.checkpoint.converting import convert
 from grokkit.checkpoint.downloading import download
 from grokkit.checkpoint.fingerprint import fingerprint
 from grokkit.checkpoint.finite import NonFinite, check_content, check_finite, find_non_finite
-from grokkit.checkpoint.loading import load_params, stored_specs
+from grokkit.checkpoint.load import load_params, stored_specs
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.opening import open_checkpoint

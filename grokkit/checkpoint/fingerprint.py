@@ -57,14 +57,14 @@ def _sampled(entry: Entry) -> bytes:
 
 
 def _sample(file: TensorFile, digest: "hashlib._Hash") -> None:
-    with file.reading() as read:
+    with file.reading() as reader:
         for span in file.spans:
             size = min(_SAMPLE, span.nbytes)
             buffer = bytearray(size)
             for start in sorted(
                 {i * (span.nbytes - size) // (_PLACES - 1) for i in range(_PLACES)}
             ):
-                read([memoryview(buffer)], size, span.offset + start)
+                reader.read(buffer, span.offset + start)
                 digest.update(buffer)
 
 

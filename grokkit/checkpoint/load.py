@@ -7,27 +7,23 @@ one slice on its way (on the host and on the device); on CPU devices, a few slab
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Shaped
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
-from grokkit.checkpoint.pages import PAGE
+from grokkit.checkpoint.read import ArraySpan, Request, fill, pages
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.slabs import Place, Wanted, fill
-from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
+from grokkit.checkpoint.tensor_file import StackedTensors, TensorFile
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec, is_spec
-
-_ALIGNMENT = PAGE  # XLA uses memory in place from 64 bytes on; disks want whole blocks
 
 
 def load_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh, progress: bool = True) -> PyTree:
@@ -107,10 +103,6 @@ def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
     )
 
 
-_Slices = Mapping[Any, tuple[Any, tuple[slice, ...]]]
-"""For each device, a place in its part, and the slice that goes there."""
-
-
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """One array of a file, and its place on the leaf's layer axis if there is one."""
@@ -118,53 +110,42 @@ class _Source:
     file: TensorFile | StackedTensors
     span: ArraySpan
     layer: int | None
-    turned: bool
+    transposed: bool
     """Whether the leaf holds it with its last two axes exchanged, as 8-bit matrices of the official
     layout are."""
 
     @property
     def dtype(self) -> np.dtype:
-        """What its entries are when they have been read: 4-bit ones are unpacked."""
-        return np.dtype(np.int8) if self.span.dtype == INT4 else self.span.dtype
+        """What its entries are when they have been read."""
+        return self.file.open(self.span).dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As the leaf holds it."""
-        if not self.turned:
-            return self.span.shape
-        *lead, k, n = self.span.shape
-        return (*lead, n, k)
+        return self._exchanged(self.span.shape)
 
-    def wanted(
-        self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
-    ) -> Wanted | None:
-        """What to read straight into the devices' parts, or `None` if that cannot be."""
-        rooms = {device: p.memory for device, p in parts.items() if isinstance(p, HostPart)}
-        if not (rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype):
-            return None
-        # Of several devices with one memory, the first one's place will do.
-        first = {id(rooms[device]): device for device in reversed(slices)}
-        places = [
-            Place(self._in_file(index), rooms[device][place], device)
-            for device, (place, index) in slices.items()
-            if first[id(rooms[device])] == device
-        ]
-        return Wanted(self.file, self.span, self.turned, places)
+    def requests(
+        self, targets: Iterable[tuple[tuple[slice, ...], Shaped[np.ndarray, "..."]]]
+    ) -> list[Request]:
+        """What to read for slices of it, each with the memory it goes to; both as the leaf has them."""
+        return self.file.requests(
+            self.span,
+            [
+                (self._exchanged(index), memory.swapaxes(-1, -2) if self.transposed else memory)
+                for index, memory in targets
+            ],
+        )
 
-    def copy_to(
-        self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
-    ) -> None:
-        """Put each device's slice, in the leaf's order of axes, in its place of the device's part."""
-        whole: Any = self.file.open(self.span)
-        whole = whole.swapaxes(-1, -2) if self.turned else whole
-        # One device after the other, while the file is in the page cache.
-        for device, (place, index) in slices.items():
-            values = whole[index]
-            values = values if values.dtype == dtype else values.astype(dtype)
-            parts[device].write(place, values)
+    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+        """A slice of it, in the file's order of axes."""
+        in_file = self._exchanged(index)
+        shape = [len(range(n)[s]) for s, n in zip(in_file, self.span.shape, strict=True)]
+        found = np.empty(shape, dtype)
+        fill(self.file.requests(self.span, [(in_file, found)]))
+        return found
 
-    def _in_file(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        return (*index[:-2], index[-1], index[-2]) if self.turned else index
+    def _exchanged(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,10 +195,10 @@ def _sources(entry: Entry) -> Iterable[tuple[str, _Source]]:
     """Each array of a file, with its leaf's path."""
     key, file = entry.key, entry.file
     if file.scales is None:
-        return [(key.path, _Source(file, file.weight, key.layer, turned=file.k_last))]
+        return [(key.path, _Source(file, file.weight, key.layer, transposed=file.k_last))]
     return [
-        (f"{key.path}.weight", _Source(file, file.weight, key.layer, turned=not file.k_last)),
-        (f"{key.path}.scales", _Source(file, file.scales, key.layer, turned=False)),
+        (f"{key.path}.weight", _Source(file, file.weight, key.layer, transposed=not file.k_last)),
+        (f"{key.path}.scales", _Source(file, file.scales, key.layer, transposed=False)),
     ]
 
 
@@ -284,9 +265,7 @@ def read_leaves(
     plans: Sequence[LeafPlan],
     parts: Sequence[Parts],
     report: Callable[[int], object] = lambda n_bytes: None,
-    then: "tuple[Sequence[LeafPlan], Sequence[Parts]]" = ((), ()),
-    past_cache: bool = False,
-    pool: ThreadPoolExecutor | None = None,
+    direct: bool = False,
 ) -> list[Array]:
     """Read leaves' files into their `parts` and make an array of each.
 
@@ -296,52 +275,45 @@ def read_leaves(
 
     - `plans`, `parts`: of each leaf.
     - `report`: told how many bytes are done with.
-    - `then`: the same of the leaves that will be read next, by another call.
-    - `past_cache`, `pool`: see `grokkit.checkpoint.slabs.fill`.
+    - `direct`: see `grokkit.checkpoint.read.fill`.
     """
-    arrays, others = _wanted(plans, parts)
-    for copy, n_bytes in others:
-        copy()
-        report(n_bytes)
-    fill(arrays, report, _wanted(*then)[0], past_cache, pool)
-    return [finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
-
-
-def _wanted(
-    plans: Sequence[LeafPlan], parts: Sequence[Parts]
-) -> tuple[list[Wanted], list[tuple[Callable[[], None], int]]]:
-    """What is to be read in slabs; and for all else what copies it, with its bytes."""
-    arrays, others = [], []
+    requests: list[Request] = []
     for plan, its_parts in zip(plans, parts, strict=True):
         for source, slices in _slices(plan):
-            if wanted := source.wanted(its_parts, slices, plan.dtype):
-                arrays.append(wanted)
+            memories = {}
+            for device, place, index in slices:
+                part = its_parts[device]
+                if isinstance(part, HostPart):
+                    memories[part.memory.ctypes.data] = index, part.memory[place]
+                else:  # one device after the other, while the file is in the page cache
+                    part.read(source, index, place)
+            if memories:
+                requests += source.requests(memories.values())
             else:
-                copy = functools.partial(source.copy_to, its_parts, slices, plan.dtype)
-                others.append((copy, source.span.nbytes))
-    return arrays, others
+                report(source.span.nbytes)
+    fill(requests, report, direct)
+    return [
+        jax.make_array_from_single_device_arrays(
+            plan.shape, plan.sharding, [part.finish() for part in its_parts.values()]
+        )
+        for plan, its_parts in zip(plans, parts, strict=True)
+    ]
 
 
-def _slices(plan: LeafPlan) -> Iterator[tuple[_Source, _Slices]]:
-    """Each source of a leaf, and which slice of it goes where."""
+def _slices(
+    plan: LeafPlan,
+) -> Iterator[tuple[_Source, list[tuple[Any, Any, tuple[slice, ...]]]]]:
+    """Each source of a leaf, with the devices that want a slice of it: device, place, slice."""
     places = plan.sharding.addressable_devices_indices_map(plan.shape)
     for source in plan.sources:
-        slices = {}
+        slices = []
         for device, index in places.items():
             assert index is not None
             if source.layer is None:
-                slices[device] = (..., index)
-                continue
-            layers = range(plan.shape[0])[index[0]]
-            if source.layer in layers:
-                slices[device] = (source.layer - layers.start, index[1:])
+                slices.append((device, ..., index))
+            elif source.layer in (layers := range(plan.shape[0])[index[0]]):
+                slices.append((device, source.layer - layers.start, index[1:]))
         yield source, slices
-
-
-def finished(plan: LeafPlan, parts: Parts) -> Array:
-    """A leaf whose parts have been written."""
-    arrays = [part.finish() for part in parts.values()]
-    return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
 
 
 class HostPart:
@@ -349,21 +321,12 @@ class HostPart:
 
     def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
         self.device = device
-        count = int(np.prod(shape))
-        raw = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % _ALIGNMENT
-        self.memory = raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+        n_bytes = int(np.prod(shape)) * dtype.itemsize
+        self.memory = pages(n_bytes)[:n_bytes].view(dtype).reshape(shape)
         self._array: Array | None = None
 
-    def write(self, place: Any, values: np.ndarray) -> None:
-        """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
-        if values.ndim > 1 and values.strides[-1] != values.itemsize:
-            # JAX turns a matrix round ten times as fast as numpy.
-            values = np.asarray(jax.device_put(values, self.device, may_alias=False))
-        self.memory[place] = values
-
     def finish(self) -> Array:
-        """The complete part, on its device. Writing the part again writes over it."""
+        """The complete part, on its device. Writing its memory again writes over it."""
         if self._array is not None:
             return self._array
         array = jax.device_put(self.memory, self.device)
@@ -376,19 +339,25 @@ class DevicePart:
     """An array on an accelerator, overwritten in place one slice at a time."""
 
     def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.zeros = _zeros_program(shape, dtype, device)
         self.array: Array | None = None
 
-    def write(self, place: Any, values: np.ndarray) -> None:
-        """See `HostPart.write`."""
-        # Waiting twice keeps it to one slice under way: transfers would otherwise queue up.
+    def read(self, source: _Source, index: tuple[slice, ...], place: Any) -> None:
+        """Read a slice of `source` and put it at index `place` of the part (`...` for all of it).
+
+        It comes in the file's order of axes: the device transposes faster.
+        """
+        # Waiting each time keeps it to one slice under way: transfers would otherwise queue up.
+        values, transposed = source.read(index, self.dtype), source.transposed
         piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
+        del values
         if place is ...:
-            self.array = piece
+            self.array = _exchange(piece).block_until_ready() if transposed else piece
             return
         array = self.zeros() if self.array is None else self.array
-        self.array = _overwrite(array, piece, jnp.int32(place)).block_until_ready()
+        array = _overwrite(array, piece, jnp.int32(place), transposed)
+        self.array = array.block_until_ready()
 
     def finish(self) -> Array:
         """See `HostPart.finish`. The part keeps nothing, and may be written again."""
@@ -404,8 +373,14 @@ def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _overwrite(array: Array, piece: Array, place: Array) -> Array:
+@jax.jit
+def _exchange(piece: Array) -> Array:
+    return jnp.swapaxes(piece, -1, -2)
+
+
+@functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
+def _overwrite(array: Array, piece: Array, place: Array, transposed: bool) -> Array:
+    piece = jnp.swapaxes(piece, -1, -2) if transposed else piece
     return jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
 
 
