@@ -288,7 +288,7 @@ def _slabs(request: Request) -> list[_Slab]:
             ]
             offset = span.offset + (matrix * n_rows + row) * stride + span.bytes_of(first)
             slabs.append(_Slab(request.file, span.dtype, offset, n, width, stride, parts, 0))
-    done = [span.nbytes * i // len(slabs) for i in range(len(slabs) + 1)]
+    done = [span.nbytes * i // max(1, len(slabs)) for i in range(len(slabs) + 1)]
     return [slab._replace(counts=done[i + 1] - done[i]) for i, slab in enumerate(slabs)]
 
 
