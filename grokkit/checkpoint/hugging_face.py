@@ -185,7 +185,7 @@ def _tensor(
                 part.path, f"{name} in {parts[0].weight.dtype.name}, as {names[0]}",
                 part.weight.dtype.name, "convert all of them to one dtype",
             )  # fmt: skip
-    return StackedTensors(parts)
+    return StackedTensors.of(parts)
 
 
 def _take(

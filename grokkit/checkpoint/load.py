@@ -7,20 +7,20 @@ one slice on its way (on the host and on the device); on CPU devices, a few slab
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
-from grokkit.checkpoint.read import ArraySpan, Request, fill, pages
+from grokkit.checkpoint.read import Request, Target, fill, pages
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.tensor_file import StackedTensors, TensorFile
+from grokkit.checkpoint.tensor_file import StoredArray
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec, is_spec
@@ -107,42 +107,28 @@ def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
 class _Source:
     """One array of a file, and its place on the leaf's layer axis if there is one."""
 
-    file: TensorFile | StackedTensors
-    span: ArraySpan
+    array: StoredArray
     layer: int | None
     transposed: bool
     """Whether the leaf holds it with its last two axes exchanged, as 8-bit matrices of the official
     layout are."""
 
     @property
-    def dtype(self) -> np.dtype:
-        """What its entries are when they have been read."""
-        return self.file.open(self.span).dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """As the leaf holds it."""
-        return self._exchanged(self.span.shape)
+        return self._exchanged(self.array.shape)
 
-    def requests(
-        self, targets: Iterable[tuple[tuple[slice, ...], Shaped[np.ndarray, "..."]]]
-    ) -> list[Request]:
-        """What to read for slices of it, each with the memory it goes to; both as the leaf has them."""
-        return self.file.requests(
-            self.span,
-            [
-                (self._exchanged(index), memory.swapaxes(-1, -2) if self.transposed else memory)
-                for index, memory in targets
-            ],
-        )
-
-    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-        """A slice of it, in the file's order of axes."""
-        in_file = self._exchanged(index)
-        shape = [len(range(n)[s]) for s, n in zip(in_file, self.span.shape, strict=True)]
-        found = np.empty(shape, dtype)
-        fill(self.file.requests(self.span, [(in_file, found)]))
-        return found
+    def place(
+        self, index: tuple[slice, ...], n_layers: int
+    ) -> tuple[Any, tuple[slice, ...]] | None:
+        """Where in a device's part of the leaf, `index`, some of it belongs; and what, in the file's
+        order of axes."""
+        if self.layer is None:
+            return ..., self._exchanged(index)
+        layers = range(n_layers)[index[0]]
+        if self.layer not in layers:
+            return None
+        return self.layer - layers.start, self._exchanged(index[1:])
 
     def _exchanged(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
@@ -160,7 +146,7 @@ class LeafPlan:
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
-        return sum(source.span.nbytes for source in self.sources)
+        return sum(source.array.span.nbytes for source in self.sources)
 
     def layer(self, i: int) -> "LeafPlan":
         """The plan of one layer's array alone, without the layer axis."""
@@ -194,11 +180,12 @@ def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> l
 def _sources(entry: Entry) -> Iterable[tuple[str, _Source]]:
     """Each array of a file, with its leaf's path."""
     key, file = entry.key, entry.file
+    weight = file.open(file.weight)
     if file.scales is None:
-        return [(key.path, _Source(file, file.weight, key.layer, transposed=file.k_last))]
+        return [(key.path, _Source(weight, key.layer, transposed=file.k_last))]
     return [
-        (f"{key.path}.weight", _Source(file, file.weight, key.layer, transposed=not file.k_last)),
-        (f"{key.path}.scales", _Source(file, file.scales, key.layer, transposed=False)),
+        (f"{key.path}.weight", _Source(weight, key.layer, transposed=not file.k_last)),
+        (f"{key.path}.scales", _Source(file.open(file.scales), key.layer, transposed=False)),
     ]
 
 
@@ -219,20 +206,17 @@ def _check_paths(checkpoint: Checkpoint, wanted: set[str], available: set[str]) 
 
 
 def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[_Source]) -> None:
-    first = parts[0]
-    if first.layer is None:
-        shape = first.shape
-    else:
-        shape = (len(parts), *first.shape)
+    first, wanted = parts[0], np.dtype(spec.dtype)
+    shape, dtype = first.shape, first.array.dtype
+    if first.layer is not None:
+        shape = (len(parts), *shape)
     # Ports keep embedding, norms and router in fewer bits than the model does: nothing is lost.
-    same = np.dtype(spec.dtype) == first.dtype or (
-        np.dtype(spec.dtype) == np.float32 and first.dtype in (jnp.bfloat16, np.float16)
-    )
-    if spec.shape != shape or not same:
+    is_wider = wanted == np.float32 and dtype in (jnp.bfloat16, np.float16)
+    if spec.shape != shape or not (wanted == dtype or is_wider):
         raise refusal(
             checkpoint.directory,
-            f"{np.dtype(spec.dtype).name} of shape {spec.shape} for {path}",
-            f"{first.dtype.name} of shape {shape}",
+            f"{wanted.name} of shape {spec.shape} for {path}",
+            f"{dtype.name} of shape {shape}",
             "pass stored_specs(checkpoint, grokkit.model.param_specs(checkpoint.config))",
         )
 
@@ -279,18 +263,22 @@ def read_leaves(
     """
     requests: list[Request] = []
     for plan, its_parts in zip(plans, parts, strict=True):
-        for source, slices in _slices(plan):
-            memories = {}
-            for device, place, index in slices:
-                part = its_parts[device]
-                if isinstance(part, HostPart):
-                    memories[part.memory.ctypes.data] = index, part.memory[place]
-                else:  # one device after the other, while the file is in the page cache
-                    part.read(source, index, place)
-            if memories:
-                requests += source.requests(memories.values())
+        indices = plan.sharding.addressable_devices_indices_map(plan.shape)
+        for source in plan.sources:
+            targets: dict[int, Target] = {}  # by address: some devices have one memory
+            for device, part in its_parts.items():
+                if not (found := source.place(indices[device], plan.shape[0])):
+                    continue
+                if isinstance(part, DevicePart):  # while the file is in the page cache
+                    part.read(source, *found)
+                    continue
+                memory = part.memory[found[0]]
+                memory = memory.swapaxes(-1, -2) if source.transposed else memory
+                targets[memory.ctypes.data] = found[1], memory
+            if targets:
+                requests += source.array.requests(list(targets.values()))
             else:
-                report(source.span.nbytes)
+                report(source.array.span.nbytes)
     fill(requests, report, direct)
     return [
         jax.make_array_from_single_device_arrays(
@@ -298,22 +286,6 @@ def read_leaves(
         )
         for plan, its_parts in zip(plans, parts, strict=True)
     ]
-
-
-def _slices(
-    plan: LeafPlan,
-) -> Iterator[tuple[_Source, list[tuple[Any, Any, tuple[slice, ...]]]]]:
-    """Each source of a leaf, with the devices that want a slice of it: device, place, slice."""
-    places = plan.sharding.addressable_devices_indices_map(plan.shape)
-    for source in plan.sources:
-        slices = []
-        for device, index in places.items():
-            assert index is not None
-            if source.layer is None:
-                slices.append((device, ..., index))
-            elif source.layer in (layers := range(plan.shape[0])[index[0]]):
-                slices.append((device, source.layer - layers.start, index[1:]))
-        yield source, slices
 
 
 class HostPart:
@@ -343,21 +315,19 @@ class DevicePart:
         self.zeros = _zeros_program(shape, dtype, device)
         self.array: Array | None = None
 
-    def read(self, source: _Source, index: tuple[slice, ...], place: Any) -> None:
-        """Read a slice of `source` and put it at index `place` of the part (`...` for all of it).
-
-        It comes in the file's order of axes: the device transposes faster.
-        """
+    def read(self, source: _Source, place: Any, index: tuple[slice, ...]) -> None:
+        """Read a slice, `index` in the file's order of axes, and put it at `place` of the part (`...`
+        for all of it). The device transposes it."""
+        values = source.array.read(index, self.dtype)
         # Waiting each time keeps it to one slice under way: transfers would otherwise queue up.
-        values, transposed = source.read(index, self.dtype), source.transposed
         piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
         del values
         if place is ...:
-            self.array = _exchange(piece).block_until_ready() if transposed else piece
-            return
-        array = self.zeros() if self.array is None else self.array
-        array = _overwrite(array, piece, jnp.int32(place), transposed)
-        self.array = array.block_until_ready()
+            array = place = None
+        else:
+            array = self.zeros() if self.array is None else self.array
+            place = jnp.int32(place)
+        self.array = _put(array, piece, place, source.transposed).block_until_ready()
 
     def finish(self) -> Array:
         """See `HostPart.finish`. The part keeps nothing, and may be written again."""
@@ -373,15 +343,10 @@ def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
-@jax.jit
-def _exchange(piece: Array) -> Array:
-    return jnp.swapaxes(piece, -1, -2)
-
-
 @functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
-def _overwrite(array: Array, piece: Array, place: Array, transposed: bool) -> Array:
+def _put(array: Array | None, piece: Array, place: Array | None, transposed: bool) -> Array:
     piece = jnp.swapaxes(piece, -1, -2) if transposed else piece
-    return jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
+    return piece if array is None else jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
 
 
 def new_part(device: Any, shape: tuple[int, ...], dtype: np.dtype) -> HostPart | DevicePart:

@@ -12,12 +12,10 @@ from jaxtyping import Shaped
 from grokkit.checkpoint.int4 import INT4
 from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
 from grokkit.checkpoint.pickle_walk import walk
-from grokkit.checkpoint.read import ArraySpan, DataFile, Request, fill
+from grokkit.checkpoint.read import ArraySpan, DataFile, Request, Target, fill
 from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, reading
 
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
-
-Targets = Sequence[tuple[tuple[slice, ...], Shaped[np.ndarray, "..."]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,77 +46,32 @@ class TensorFile(DataFile):
         """One of `spans`, to be read where it is sliced."""
         return StoredArray(self, span)
 
-    def requests(self, span: ArraySpan, targets: Targets) -> list[Request]:
-        """What to have `grokkit.checkpoint.read.fill` read for parts of one of `spans`."""
-        return [Request(self, span, targets)]
-
 
 @dataclasses.dataclass(frozen=True)
-class StackedTensors:
-    """One tensor that is stored in parts: a matrix for each expert, say. See `TensorFile`."""
+class StackedTensors(TensorFile):
+    """One tensor that is stored in parts: a matrix for each expert, say. Path, size and offset are
+    those of the first."""
 
-    parts: tuple[TensorFile, ...]
+    parts: tuple[TensorFile, ...] = ()
 
-    scales = None
-
-    @property
-    def path(self) -> Path:
-        """The file of the first part."""
-        return self.parts[0].path
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file of the first part."""
-        return self.parts[0].size
+    @staticmethod
+    def of(parts: Sequence[TensorFile]) -> "StackedTensors":
+        """Tensors of one shape on a new leading axis."""
+        first = parts[0]
+        whole = dataclasses.replace(first.weight, shape=(len(parts), *first.weight.shape))
+        return StackedTensors(first.path, first.size, whole, None, first.k_last, tuple(parts))
 
     @property
     def files(self) -> dict[Path, int]:
-        """Each file that holds a part, with its size in bytes."""
+        """See `TensorFile.files`."""
         return {part.path: part.size for part in self.parts}
-
-    @property
-    def weight(self) -> ArraySpan:
-        """The whole array. Its offset is that of the first part."""
-        first = self.parts[0].weight
-        return dataclasses.replace(first, shape=(len(self.parts), *first.shape))
-
-    @property
-    def spans(self) -> tuple[ArraySpan, ...]:
-        """The tensor's one array."""
-        return (self.weight,)
-
-    @property
-    def k_last(self) -> bool:
-        """Whether each part lies as [N, K]."""
-        return self.parts[0].k_last
-
-    def __str__(self) -> str:
-        return str(self.weight)
-
-    def open(self, span: ArraySpan) -> "StoredArray":
-        """The whole array, to be read where it is sliced."""
-        return StoredArray(self, span)
-
-    def requests(self, span: ArraySpan, targets: Targets) -> list[Request]:
-        """See `TensorFile.requests`."""
-        assert span.shape == self.weight.shape
-        found = []
-        for i, part in enumerate(self.parts):
-            ranges = [range(*index[0].indices(len(self.parts))) for index, _ in targets]
-            wanted = [
-                (index[1:], memory[i - its.start])
-                for its, (index, memory) in zip(ranges, targets, strict=True)
-                if i in its
-            ]
-            found.append(Request(part, part.weight, wanted))
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
     """One array of a tensor. A slice of it (without steps) is read, into memory of its own."""
 
-    file: TensorFile | StackedTensors
+    file: TensorFile
     span: ArraySpan
 
     @property
@@ -139,14 +92,31 @@ class StoredArray:
         index = index if isinstance(index, tuple) else (index,)
         index += (slice(None),) * (len(self.shape) - len(index))
         slices = tuple(i if isinstance(i, slice) else slice(i, i + 1) for i in index)
-        shape = [len(range(n)[i]) for i, n in zip(slices, self.shape, strict=True)]
-        found = np.empty(shape, self.dtype)
-        fill(self.file.requests(self.span, [(slices, found)]))
-        kept = [n for i, n in zip(index, shape, strict=True) if isinstance(i, slice)]
-        return found.reshape(kept)
+        found = self.read(slices, self.dtype)
+        return found[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Shaped[np.ndarray, "..."]:
         return self[()] if dtype is None else self[()].astype(dtype)
+
+    def read(self, slices: tuple[slice, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+        """A slice along all axes, as another dtype."""
+        shape = [len(range(n)[s]) for s, n in zip(slices, self.shape, strict=True)]
+        found = np.empty(shape, dtype)
+        fill(self.requests([(slices, found)]))
+        return found
+
+    def requests(self, targets: Sequence[Target]) -> list[Request]:
+        """What to have `grokkit.checkpoint.read.fill` read for some slices, each with its memory."""
+        if not isinstance(self.file, StackedTensors):
+            return [Request(self.file, self.span, targets)]
+        requests = []
+        for i, part in enumerate(self.file.parts):
+            wanted = []
+            for (first, *rest), memory in targets:
+                if i in (its := range(*first.indices(len(self)))):
+                    wanted.append((tuple(rest), memory[i - its.start]))
+            requests.append(Request(part, part.weight, wanted))
+        return requests
 
 
 def read_tensor(path: str | os.PathLike[str]) -> TensorFile:

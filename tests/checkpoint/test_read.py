@@ -79,7 +79,9 @@ def test_a_list_is_cut_into_slabs(tmp_path, direct, monkeypatch):
 
 
 @pytest.mark.parametrize(("start", "is_direct"), [(PAGE, True), (PAGE + 64, False)])
-def test_whole_blocks_are_read_straight_to_where_they_belong(start, is_direct, tmp_path, monkeypatch):
+def test_whole_blocks_are_read_straight_to_where_they_belong(
+    start, is_direct, tmp_path, monkeypatch
+):
     values = random_bytes(8, 1024)
     (tmp_path / "file").write_bytes(bytes(start) + values.tobytes())
     file = DataFile(tmp_path / "file", start + values.nbytes)
@@ -87,9 +89,7 @@ def test_whole_blocks_are_read_straight_to_where_they_belong(start, is_direct, t
         if reader.direct is None:
             pytest.skip("no O_DIRECT on this file system")
     through_cache, plain = [], Reader.read
-    monkeypatch.setattr(
-        Reader, "read", lambda *a: through_cache.append(len(a[1])) or plain(*a)
-    )
+    monkeypatch.setattr(Reader, "read", lambda *a: through_cache.append(len(a[1])) or plain(*a))
     memory = pages(values.nbytes)[: values.nbytes].view(np.int8).reshape(values.shape)
     span = ArraySpan(np.dtype(np.int8), values.shape, start)
     fill([Request(file, span, [((slice(0, 8), slice(0, 1024)), memory)])], direct=True)
@@ -130,7 +130,14 @@ def three_pages(tmp_path):
 def check_reading(file, content, direct):
     end = len(content)
     with file.reading(direct) as reader:
-        for offset, n in ((0, 10), (150, PAGE), (PAGE, PAGE), (PAGE - 1, 2), (0, end), (end - 7, 7)):
+        for offset, n in (
+            (0, 10),
+            (150, PAGE),
+            (PAGE, PAGE),
+            (PAGE - 1, 2),
+            (0, end),
+            (end - 7, 7),
+        ):
             assert bytes(reader.read_in(pages(n), n, offset)) == content[offset : offset + n]
             buffer = pages(n)[:n]
             reader.fill(buffer, offset)

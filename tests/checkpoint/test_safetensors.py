@@ -228,7 +228,7 @@ def test_stacks(tmp_path):
     for i, part in enumerate(whole):
         write_tensor(tmp_path / f"{i}", part)
         parts.append(read_tensor(tmp_path / f"{i}"))
-    stack = StackedTensors(tuple(parts))
+    stack = StackedTensors.of(parts)
     stored = stack.open(stack.weight)
     assert stored.shape == whole.shape and stored.dtype == whole.dtype
     np.testing.assert_array_equal(stored, whole)
