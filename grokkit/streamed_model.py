@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from grokkit.abstract_model import PREFILL_PART, Group, Model, Read, Resume, Step
 from grokkit.checkpoint import Checkpoint, fingerprint
-from grokkit.checkpoint.loading import load_planned, plan_params
-from grokkit.checkpoint.streaming import LayerReader
+from grokkit.checkpoint.load import load_planned, plan_params
+from grokkit.checkpoint.stream import LayerReader
 from grokkit.kv_cache import KVCache
 from grokkit.layers.block import Block, Rows, run_layer
 from grokkit.layers.ends import Ends, enter

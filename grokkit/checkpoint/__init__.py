@@ -6,7 +6,7 @@ A checkpoint is data: nothing in it is ever unpickled, imported or executed.
 from grokkit.checkpoint.converting import convert
 from grokkit.checkpoint.downloading import download
 from grokkit.checkpoint.integrity import check_content, check_finite, fingerprint
-from grokkit.checkpoint.loading import load_params, stored_specs
+from grokkit.checkpoint.load import load_params, stored_specs
 from grokkit.checkpoint.names import TensorKey, tensor_keys
 from grokkit.checkpoint.official import Checkpoint, Entry
 from grokkit.checkpoint.opening import open_checkpoint

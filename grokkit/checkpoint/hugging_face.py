@@ -161,7 +161,7 @@ def _tensor(key: TensorKey, arrays: Arrays) -> TensorFile | StackedTensors:
         dtypes = [parts[0].weight.dtype] if parts else floats
         found = arrays.take(pattern.format(layer=key.layer, expert=expert), (n, k), *dtypes)
         parts.append(dataclasses.replace(found, k_last=True))
-    return StackedTensors(tuple(parts))
+    return StackedTensors.of(tuple(parts))
 
 
 def _check_tied(head: TensorFile, embedding: TensorFile | StackedTensors) -> None:

@@ -61,13 +61,13 @@ def _sampled(entry: Entry) -> bytes:
     """SHA-256 of the samples of an entry's arrays."""
     digest, file = hashlib.sha256(), entry.file
     for part in _parts(file):
-        with part.reading() as read:
+        with part.reading() as reader:
             for span in part.spans:
                 size = min(_SAMPLE, span.nbytes)
                 buffer = bytearray(size)
                 last = span.nbytes - size
                 for start in sorted({i * last // (_PLACES - 1) for i in range(_PLACES)}):
-                    read([memoryview(buffer)], size, span.offset + start)
+                    reader.read(buffer, span.offset + start)
                     digest.update(buffer)
     return digest.digest()
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from grokkit.checkpoint.dialect import Storage
-from grokkit.checkpoint.lazy import INT4_LARGEST, pack
+from grokkit.checkpoint.int4 import INT4_LARGEST, pack
 from grokkit.checkpoint.official import Entry
 from grokkit.checkpoint.pickle_objects import BFLOAT16, INT8
 from grokkit.checkpoint.tensor_file import INT4

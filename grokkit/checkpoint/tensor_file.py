@@ -1,56 +1,27 @@
-"""Where a checkpoint's arrays are, and their bytes as memory maps; one official tensor file."""
+"""Where a checkpoint's arrays are, to be read where they are sliced; one official tensor file."""
 
-import contextlib
 import dataclasses
-import errno
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
-from grokkit.checkpoint.lazy import Stack, Unpacked
-from grokkit.checkpoint.pages import PAGE
+from grokkit.checkpoint.int4 import INT4
 from grokkit.checkpoint.pickle_objects import ArrayNote, QuantizedNote
 from grokkit.checkpoint.pickle_walk import walk
-from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, reading, refusal
-from grokkit.errors import CheckpointError
+from grokkit.checkpoint.read import ArraySpan, DataFile, Request, Target, fill
+from grokkit.checkpoint.refusal import DOWNLOAD_AGAIN, DOWNLOAD_COMMAND, Refused, reading
 
-INT4 = np.dtype(ml_dtypes.int4)
-
-_BLOCK = 512  # bytes: no disk's blocks are smaller
 _BUFFER = 1024  # bytes read at a time: a header has about 150, the rest is skipped
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySpan:
-    """Where an array's bytes lie in a file: C order, little-endian, no padding."""
+class TensorFile(DataFile):
+    """One tensor in a file, which may hold others too; known from the header alone."""
 
-    dtype: np.dtype
-    """Of the entries. 4-bit ones are packed in pairs along the last axis: see `lazy.pack`."""
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array."""
-        entries = math.prod(self.shape)
-        return entries // 2 if self.dtype == INT4 else entries * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """One tensor in a file, known from the header alone."""
-
-    path: Path
-    size: int
-    """Bytes in the whole file, which may hold other tensors too."""
     weight: ArraySpan
     """The array itself, or the integers of a quantised weight."""
     scales: ArraySpan | None = None
@@ -71,217 +42,81 @@ class TensorFile:
     def __str__(self) -> str:
         return " * ".join(map(str, self.spans))
 
-    def open(self, span: ArraySpan) -> np.ndarray | Unpacked:
-        """One of `spans` as a read-only memory map; pages are read when they are touched.
-
-        4-bit integers are unpacked where they are sliced.
-
-        **Raises:** `CheckpointError` if the file is gone or has changed since its header was read.
-        """
-        packed = span.dtype == INT4
-        shape = (*span.shape[:-1], span.shape[-1] // 2) if packed else span.shape
-        dtype = np.dtype(np.uint8) if packed else span.dtype
-        found = self._map(dtype, span.offset, shape)
-        return Unpacked(found) if packed else found
-
-    def mapped(self) -> np.ndarray:
-        """The whole file as a read-only memory map of bytes.
-
-        **Raises:** as `open`.
-        """
-        return np.asarray(self._map(np.dtype(np.uint8), 0, (self.size,)))
-
-    def _map(self, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.memmap:
-        self.check()
-        try:
-            return np.memmap(self.path, dtype, "r", offset, shape)
-        except (OSError, ValueError) as e:
-            raise self._changed(str(e)) from e
-
-    def check(self) -> None:
-        """See that the file is there and as long as it was.
-
-        **Raises:** `CheckpointError` if it is not.
-        """
-        try:
-            size = os.stat(self.path).st_size
-        except OSError as e:
-            raise self._changed(str(e)) from e
-        if size != self.size:
-            raise self._changed(f"{size:,} bytes")
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[Sequence[memoryview], int, int], None]]:
-        """A function that fills buffers, so many bytes in all, from a place in the file.
-
-        **Raises:** as `open`, here or from the function.
-        """
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                descriptor = file.fileno()
-                size = os.fstat(descriptor).st_size
-                if size != self.size:
-                    raise self._changed(f"{size:,} bytes")
-
-                def read(buffers: Sequence[memoryview], n_bytes: int, offset: int) -> None:
-                    if not _fill(descriptor, buffers, n_bytes, offset):
-                        raise self._changed("one that ended early")
-
-                yield read
-        except OSError as e:
-            raise self._changed(str(e)) from e
-
-    @contextlib.contextmanager
-    def reading_past_cache(self) -> "Iterator[DirectReader]":
-        """What reads parts of the file and leaves the system's page cache alone, where it can be:
-        that spares the processor a copy.
-
-        **Raises:** as `open`, here or from the reader.
-        """
-        with self.reading() as read_copy, _opened_directly(self.path) as descriptor:
-            yield DirectReader(read_copy, descriptor)
-
-    def _changed(self, found: str) -> CheckpointError:
-        return refusal(
-            self.path,
-            f"the file of {self.size:,} bytes that was there when the checkpoint was opened",
-            found,
-            "leave the checkpoint's files alone while it is in use; open it again",
-        )
+    def open(self, span: ArraySpan) -> "StoredArray":
+        """One of `spans`, to be read where it is sliced."""
+        return StoredArray(self, span)
 
 
 @dataclasses.dataclass(frozen=True)
-class DirectReader:
-    """Reads parts of one file, without the page cache where that can be."""
+class StackedTensors(TensorFile):
+    """One tensor that is stored in parts: a matrix for each expert, say. Path, size and offset are
+    those of the first."""
 
-    copy: Callable[[Sequence[memoryview], int, int], None]
-    """Reads by way of the page cache."""
-    descriptor: int | None
-    """The file as it is read without; `None` where it cannot be."""
+    parts: tuple[TensorFile, ...] = ()
 
-    def read(self, memory: memoryview, n_bytes: int, offset: int) -> memoryview:
-        """Read so many bytes from a place in the file into some of `memory`, and return that part.
-
-        The memory begins at a multiple of `PAGE` bytes, and has room for two more.
-        """
-        before = offset % PAGE
-        found = memory[before : before + n_bytes]
-        if self.descriptor is None or not _fill_directly(
-            self.descriptor, memory, before + n_bytes, offset - before
-        ):
-            self.copy([found], n_bytes, offset)
-        return found
-
-    def read_into(self, memory: memoryview, offset: int) -> bool:
-        """Read as many bytes as there is memory straight to where they are wanted; whether that
-        could be done. Memory and file must lie alike in the disk's blocks, of which only whole ones
-        can be read."""
-        address = np.frombuffer(memory, np.uint8).ctypes.data
-        is_whole = not any(n % _BLOCK for n in (address, offset, len(memory)))
-        return (
-            is_whole
-            and self.descriptor is not None
-            and _fill_directly(self.descriptor, memory, len(memory), offset)
-        )
-
-
-def _fill(descriptor: int, buffers: Sequence[memoryview], n_bytes: int, offset: int) -> bool:
-    """Read into all the buffers; whether the file was long enough."""
-    got = os.preadv(descriptor, buffers, offset)
-    while got < n_bytes:  # a system may give less than it is asked for
-        if not got:
-            return False
-        n_bytes, offset = n_bytes - got, offset + got
-        buffers = _after(buffers, got)
-        got = os.preadv(descriptor, buffers, offset)
-    return True
-
-
-@contextlib.contextmanager
-def _opened_directly(path: Path) -> Iterator[int | None]:
-    """A descriptor for reading past the page cache; none where system or file system have none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except (OSError, AttributeError):
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _fill_directly(descriptor: int, memory: memoryview, n_bytes: int, offset: int) -> bool:
-    """Read at least so many bytes, whole pages where there is memory; whether that could be done."""
-    got, whole = 0, min(n_bytes + -n_bytes % PAGE, len(memory))
-    while got < n_bytes:
-        try:
-            more = os.preadv(descriptor, [memory[got:whole]], offset + got)
-        except OSError as e:
-            if e.errno == errno.EINVAL:  # a disk with larger blocks
-                return False
-            raise
-        if more < min(n_bytes - got, PAGE):  # the file's end
-            return False
-        got += more - more % PAGE if got + more < n_bytes else more
-    return True
-
-
-def _after(buffers: Sequence[memoryview], n_bytes: int) -> Sequence[memoryview]:
-    """What is left of the buffers behind their first bytes."""
-    for i, buffer in enumerate(buffers):
-        if n_bytes < len(buffer):
-            return [buffer[n_bytes:], *buffers[i + 1 :]]
-        n_bytes -= len(buffer)
-    return []
-
-
-@dataclasses.dataclass(frozen=True)
-class StackedTensors:
-    """One tensor that is stored in parts: a matrix for each expert, say. See `TensorFile`."""
-
-    parts: tuple[TensorFile, ...]
-
-    scales = None
-
-    @property
-    def path(self) -> Path:
-        """The file of the first part."""
-        return self.parts[0].path
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file of the first part."""
-        return self.parts[0].size
+    @staticmethod
+    def of(parts: Sequence[TensorFile]) -> "StackedTensors":
+        """Tensors of one shape on a new leading axis."""
+        first = parts[0]
+        whole = dataclasses.replace(first.weight, shape=(len(parts), *first.weight.shape))
+        return StackedTensors(first.path, first.size, whole, None, first.k_last, tuple(parts))
 
     @property
     def files(self) -> dict[Path, int]:
-        """Each file that holds a part, with its size in bytes."""
+        """See `TensorFile.files`."""
         return {part.path: part.size for part in self.parts}
 
-    @property
-    def weight(self) -> ArraySpan:
-        """The whole array. Its offset is that of the first part."""
-        first = self.parts[0].weight
-        return dataclasses.replace(first, shape=(len(self.parts), *first.shape))
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """One array of a tensor. A slice of it (without steps) is read, into memory of its own."""
+
+    file: TensorFile
+    span: ArraySpan
 
     @property
-    def spans(self) -> tuple[ArraySpan, ...]:
-        """The tensor's one array."""
-        return (self.weight,)
+    def dtype(self) -> np.dtype:
+        """Of the entries when they have been read: 4-bit ones are unpacked."""
+        return np.dtype(np.int8) if self.span.dtype == INT4 else self.span.dtype
 
     @property
-    def k_last(self) -> bool:
-        """Whether each part lies as [N, K]."""
-        return self.parts[0].k_last
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.span.shape
 
-    def __str__(self) -> str:
-        return str(self.weight)
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    def open(self, span: ArraySpan) -> Stack:
-        """The whole array, as something to slice; the parts' files are mapped into memory."""
-        assert span.shape == self.weight.shape
-        return Stack([part.open(part.weight) for part in self.parts])
+    def __getitem__(self, index: Any) -> Shaped[np.ndarray, "..."]:
+        """**Raises:** `CheckpointError` if a file is gone or has changed since it was opened."""
+        index = index if isinstance(index, tuple) else (index,)
+        index += (slice(None),) * (len(self.shape) - len(index))
+        slices = tuple(i if isinstance(i, slice) else slice(i, i + 1) for i in index)
+        found = self.read(slices, self.dtype)
+        return found[tuple(slice(None) if isinstance(i, slice) else 0 for i in index)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Shaped[np.ndarray, "..."]:
+        return self[()] if dtype is None else self[()].astype(dtype)
+
+    def read(self, slices: tuple[slice, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+        """A slice along all axes, as another dtype."""
+        shape = [len(range(n)[s]) for s, n in zip(slices, self.shape, strict=True)]
+        found = np.empty(shape, dtype)
+        fill(self.requests([(slices, found)]))
+        return found
+
+    def requests(self, targets: Sequence[Target]) -> list[Request]:
+        """What to have `grokkit.checkpoint.read.fill` read for some slices, each with its memory."""
+        if not isinstance(self.file, StackedTensors):
+            return [Request(self.file, self.span, targets)]
+        requests = []
+        for i, part in enumerate(self.file.parts):
+            wanted = []
+            for (first, *rest), memory in targets:
+                if i in (its := range(*first.indices(len(self)))):
+                    wanted.append((tuple(rest), memory[i - its.start]))
+            requests.append(Request(part, part.weight, wanted))
+        return requests
 
 
 def read_tensor(path: str | os.PathLike[str]) -> TensorFile:

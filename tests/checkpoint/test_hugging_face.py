@@ -127,8 +127,10 @@ def test_float32_computes_what_the_original_does(port32, golden, golden_arrays):
     assert checkpoint.layout == "hugging face"
     lm = grokkit.load(port32, grokkit.make_mesh(1, 4), "float32", progress=False, check=True)
     assert lm.model.blocks.moe.gate.shape == (12, 8, 64, 88)
-    found = lm(golden_arrays["tokens"]).logits
-    assert relative_error(found, golden_arrays["exact_logits"]) < 1e-5
+    streamed = grokkit.load(port32, lm.mesh, "float32", progress=False, stream=True)
+    for model in (lm, streamed):
+        found = model(golden_arrays["tokens"]).logits
+        assert relative_error(found, golden_arrays["exact_logits"]) < 1e-5
 
 
 def test_the_originals_script_is_held_to_the_ports_configuration(port, golden):

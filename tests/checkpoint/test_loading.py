@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokkit.checkpoint import load_params, loading, open_checkpoint
+from grokkit.checkpoint import load, load_params, open_checkpoint
 from grokkit.config import GrokConfig
 from grokkit.errors import CheckpointError, ConfigError
 from grokkit.model import param_specs
 from grokkit.sharding import ParamSpec, is_spec, make_mesh
 
-PARTS = [loading.HostPart, loading.DevicePart]
+PARTS = [load.HostPart, load.DevicePart]
 # Fewer meshes for the accelerators' way, whose programs take seconds to compile.
 CASES = [
-    *((loading.HostPart, mesh) for mesh in [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (8, 1)]),
-    *((loading.DevicePart, mesh) for mesh in [(1, 4), (2, 2)]),
+    *((load.HostPart, mesh) for mesh in [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (8, 1)]),
+    *((load.DevicePart, mesh) for mesh in [(1, 4), (2, 2)]),
 ]
 
 
@@ -69,7 +69,7 @@ def assert_equal(params, expected, specs, mesh) -> None:
 
 @pytest.mark.parametrize(("part", "axes"), CASES)
 def test_every_value_in_its_place(checkpoint, expected, part, axes, monkeypatch):
-    monkeypatch.setattr(loading, "new_part", part)
+    monkeypatch.setattr(load, "new_part", part)
     mesh = make_mesh(*axes)
     specs = param_specs(checkpoint.config)
     params = load_params(checkpoint, specs, mesh, progress=False)
@@ -122,12 +122,12 @@ def test_loaded_arrays_may_be_donated(checkpoint, expected):
 def test_progress_in_bytes(checkpoint, monkeypatch):
     bars = []
 
-    class Bar(loading.tqdm):
+    class Bar(load.tqdm):
         def __init__(self, **options):
             super().__init__(**options)
             bars.append(self)
 
-    monkeypatch.setattr(loading, "tqdm", Bar)
+    monkeypatch.setattr(load, "tqdm", Bar)
     load_params(checkpoint, param_specs(checkpoint.config), make_mesh(1, 1))
     (bar,) = bars
     payloads = sum(span.nbytes for entry in checkpoint for span in entry.file.spans)
@@ -148,7 +148,7 @@ def no_allocation(monkeypatch):
     def fail(*_):
         raise AssertionError("a part was made before the checks were over")
 
-    monkeypatch.setattr(loading, "new_part", fail)
+    monkeypatch.setattr(load, "new_part", fail)
 
 
 def test_the_mesh_must_divide(checkpoint, no_allocation):
@@ -207,7 +207,7 @@ MEASURE = """
 import gc, sys, threading, time
 from pathlib import Path
 import jax, numpy as np
-from grokkit.checkpoint import load_params, loading, open_checkpoint
+from grokkit.checkpoint import load, load_params, open_checkpoint
 from grokkit.model import param_specs
 from grokkit.sharding import make_mesh
 
@@ -218,7 +218,7 @@ def anonymous():
 
 checkpoint = open_checkpoint(sys.argv[1])
 specs, mesh = param_specs(checkpoint.config), make_mesh(1, 8)
-loading.new_part = getattr(loading, sys.argv[2])
+load.new_part = getattr(load, sys.argv[2])
 # Once before: what compiling takes is not memory over the weights.
 jax.block_until_ready(load_params(checkpoint, specs, mesh, progress=False))
 gc.collect()
@@ -281,6 +281,6 @@ def test_peak_memory_over_the_weights(large, part, monkeypatch):
     assert weights > 400_000_000
     assert 0.98 * weights < after  # the measure sees the weights
     assert peak - weights < 2 * largest_shard + slack
-    if part is loading.HostPart:
+    if part is load.HostPart:
         # One slice of an 8-bit matrix, on its way while it is turned round.
         assert peak - weights < largest_shard + slack

@@ -23,12 +23,15 @@ from grokkit.checkpoint import (
     convert,
     load_params,
     open_checkpoint,
+    read_tensor,
     stored_specs,
     tensor_keys,
+    write_tensor,
 )
-from grokkit.checkpoint.lazy import Stack, Unpacked, pack, unpack
+from grokkit.checkpoint.int4 import INT4, pack, unpack
 from grokkit.checkpoint.plan_files import Piece, choose_storages, plan_files
 from grokkit.checkpoint.safetensors_file import encode_header, read_safetensors
+from grokkit.checkpoint.tensor_file import StackedTensors
 from grokkit.config import GROK_1
 from grokkit.errors import CheckpointError
 from grokkit.model import param_specs
@@ -199,36 +202,41 @@ def test_stand_ins(tmp_path):
         assert message in str(e.value)
 
 
-# Arrays that are put together where they are sliced
+# Arrays that are unpacked or put together where they are sliced
 
 
-@given(st.data())
-def test_packing(data):
+@given(data=st.data())
+def test_packing(data, tmp_path_factory):
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)))
     values = np.random.default_rng(0).integers(-8, 8, (*shape[:2], 2 * shape[2]), np.int8)
     packed = pack(values)
     assert packed.nbytes * 2 == values.nbytes
     np.testing.assert_array_equal(unpack(packed), values)
-    lazy = Unpacked(packed)
-    assert lazy.shape == values.shape
+    path = tmp_path_factory.mktemp("packed") / "file"
+    path.write_bytes(b"..." + packed.tobytes())
+    file = TensorFile(path, 3 + packed.nbytes, ArraySpan(INT4, values.shape, 3))
+    stored = file.open(file.weight)
+    assert stored.shape == values.shape and stored.dtype == np.int8
     start = 2 * data.draw(st.integers(0, shape[2] - 1))
     place = (slice(None), slice(0, 1), slice(start, start + 2))
-    np.testing.assert_array_equal(lazy[place], values[place])
-    np.testing.assert_array_equal(lazy[0], values[0])
+    np.testing.assert_array_equal(stored[place], values[place])
+    np.testing.assert_array_equal(stored[0], values[0])
     with pytest.raises(ValueError, match=r"packed in pairs.*fewer 'model' devices"):
-        lazy[0, 0, 1:2]
+        stored[0, 0, 1:2]
 
 
-def test_stacks():
-    parts = [np.arange(6).reshape(2, 3) + 10 * i for i in range(4)]
-    whole = np.stack(parts)
-    for stack, expected in [
-        (Stack(parts), whole),
-        (Stack(parts).swapaxes(-1, -2), whole.swapaxes(-1, -2)),
-    ]:
-        assert stack.shape == expected.shape and stack.dtype == expected.dtype
-        for index in [(slice(None),), (slice(1, 3), slice(0, 1)), (2, slice(1, 2), slice(0, 2)), 3]:
-            np.testing.assert_array_equal(stack[index], expected[index])
+def test_stacks(tmp_path):
+    whole = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    parts = []
+    for i, part in enumerate(whole):
+        write_tensor(tmp_path / f"{i}", part)
+        parts.append(read_tensor(tmp_path / f"{i}"))
+    stack = StackedTensors.of(parts)
+    stored = stack.open(stack.weight)
+    assert stored.shape == whole.shape and stored.dtype == whole.dtype
+    np.testing.assert_array_equal(stored, whole)
+    for index in [(slice(None),), (slice(1, 3), slice(0, 1)), (2, slice(1, 2), slice(0, 2)), 3]:
+        np.testing.assert_array_equal(stored[index], whole[index])
 
 
 # Opening

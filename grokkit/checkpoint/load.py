@@ -7,8 +7,7 @@ one slice on its way (on the host and on the device); on CPU devices, a few slab
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +18,12 @@ from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from grokkit.checkpoint.official import Checkpoint, Entry
-from grokkit.checkpoint.pages import PAGE
+from grokkit.checkpoint.read import Request, Target, fill, pages
 from grokkit.checkpoint.refusal import refusal
-from grokkit.checkpoint.slabs import Place, Wanted, fill
-from grokkit.checkpoint.tensor_file import INT4, ArraySpan, StackedTensors, TensorFile
+from grokkit.checkpoint.tensor_file import StoredArray
 from grokkit.errors import ConfigError
 from grokkit.quant import QuantizedArray
 from grokkit.sharding import ParamSpec, is_spec
-
-_ALIGNMENT = PAGE  # XLA uses memory in place from 64 bytes on; disks want whole blocks
 
 
 def load_params(checkpoint: Checkpoint, specs: PyTree, mesh: Mesh, progress: bool = True) -> PyTree:
@@ -107,64 +103,35 @@ def stored_specs(checkpoint: Checkpoint, specs: PyTree) -> PyTree:
     )
 
 
-_Slices = Mapping[Any, tuple[Any, tuple[slice, ...]]]
-"""For each device, a place in its part, and the slice that goes there."""
-
-
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """One array of a file, and its place on the leaf's layer axis if there is one."""
 
-    file: TensorFile | StackedTensors
-    span: ArraySpan
+    array: StoredArray
     layer: int | None
-    turned: bool
+    transposed: bool
     """Whether the leaf holds it with its last two axes exchanged, as 8-bit matrices of the official
     layout are."""
 
     @property
-    def dtype(self) -> np.dtype:
-        """What its entries are when they have been read: 4-bit ones are unpacked."""
-        return np.dtype(np.int8) if self.span.dtype == INT4 else self.span.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """As the leaf holds it."""
-        if not self.turned:
-            return self.span.shape
-        *lead, k, n = self.span.shape
-        return (*lead, n, k)
+        return self._exchanged(self.array.shape)
 
-    def wanted(
-        self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
-    ) -> Wanted | None:
-        """What to read straight into the devices' parts, or `None` if that cannot be."""
-        rooms = {device: p.memory for device, p in parts.items() if isinstance(p, HostPart)}
-        if not (rooms and isinstance(self.file, TensorFile) and self.span.dtype == dtype):
+    def place(
+        self, index: tuple[slice, ...], n_layers: int
+    ) -> tuple[Any, tuple[slice, ...]] | None:
+        """Where in a device's part of the leaf, `index`, some of it belongs; and what, in the file's
+        order of axes."""
+        if self.layer is None:
+            return ..., self._exchanged(index)
+        layers = range(n_layers)[index[0]]
+        if self.layer not in layers:
             return None
-        # Of several devices with one memory, the first one's place will do.
-        first = {id(rooms[device]): device for device in reversed(slices)}
-        places = [
-            Place(self._in_file(index), rooms[device][place], device)
-            for device, (place, index) in slices.items()
-            if first[id(rooms[device])] == device
-        ]
-        return Wanted(self.file, self.span, self.turned, places)
+        return self.layer - layers.start, self._exchanged(index[1:])
 
-    def copy_to(
-        self, parts: "Mapping[Any, HostPart | DevicePart]", slices: _Slices, dtype: np.dtype
-    ) -> None:
-        """Put each device's slice, in the leaf's order of axes, in its place of the device's part."""
-        whole: Any = self.file.open(self.span)
-        whole = whole.swapaxes(-1, -2) if self.turned else whole
-        # One device after the other, while the file is in the page cache.
-        for device, (place, index) in slices.items():
-            values = whole[index]
-            values = values if values.dtype == dtype else values.astype(dtype)
-            parts[device].write(place, values)
-
-    def _in_file(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        return (*index[:-2], index[-1], index[-2]) if self.turned else index
+    def _exchanged(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +146,7 @@ class LeafPlan:
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
-        return sum(source.span.nbytes for source in self.sources)
+        return sum(source.array.span.nbytes for source in self.sources)
 
     def layer(self, i: int) -> "LeafPlan":
         """The plan of one layer's array alone, without the layer axis."""
@@ -213,11 +180,12 @@ def _plan(checkpoint: Checkpoint, specs: list[tuple[str, Any]], mesh: Mesh) -> l
 def _sources(entry: Entry) -> Iterable[tuple[str, _Source]]:
     """Each array of a file, with its leaf's path."""
     key, file = entry.key, entry.file
+    weight = file.open(file.weight)
     if file.scales is None:
-        return [(key.path, _Source(file, file.weight, key.layer, turned=file.k_last))]
+        return [(key.path, _Source(weight, key.layer, transposed=file.k_last))]
     return [
-        (f"{key.path}.weight", _Source(file, file.weight, key.layer, turned=not file.k_last)),
-        (f"{key.path}.scales", _Source(file, file.scales, key.layer, turned=False)),
+        (f"{key.path}.weight", _Source(weight, key.layer, transposed=not file.k_last)),
+        (f"{key.path}.scales", _Source(file.open(file.scales), key.layer, transposed=False)),
     ]
 
 
@@ -238,20 +206,17 @@ def _check_paths(checkpoint: Checkpoint, wanted: set[str], available: set[str]) 
 
 
 def _check_leaf(checkpoint: Checkpoint, path: str, spec: ParamSpec, parts: list[_Source]) -> None:
-    first = parts[0]
-    if first.layer is None:
-        shape = first.shape
-    else:
-        shape = (len(parts), *first.shape)
+    first, wanted = parts[0], np.dtype(spec.dtype)
+    shape, dtype = first.shape, first.array.dtype
+    if first.layer is not None:
+        shape = (len(parts), *shape)
     # Ports keep embedding, norms and router in fewer bits than the model does: nothing is lost.
-    same = np.dtype(spec.dtype) == first.dtype or (
-        np.dtype(spec.dtype) == np.float32 and first.dtype in (jnp.bfloat16, np.float16)
-    )
-    if spec.shape != shape or not same:
+    is_wider = wanted == np.float32 and dtype in (jnp.bfloat16, np.float16)
+    if spec.shape != shape or not (wanted == dtype or is_wider):
         raise refusal(
             checkpoint.directory,
-            f"{np.dtype(spec.dtype).name} of shape {spec.shape} for {path}",
-            f"{first.dtype.name} of shape {shape}",
+            f"{wanted.name} of shape {spec.shape} for {path}",
+            f"{dtype.name} of shape {shape}",
             "pass stored_specs(checkpoint, grokkit.model.param_specs(checkpoint.config))",
         )
 
@@ -284,9 +249,7 @@ def read_leaves(
     plans: Sequence[LeafPlan],
     parts: Sequence[Parts],
     report: Callable[[int], object] = lambda n_bytes: None,
-    then: "tuple[Sequence[LeafPlan], Sequence[Parts]]" = ((), ()),
-    past_cache: bool = False,
-    pool: ThreadPoolExecutor | None = None,
+    direct: bool = False,
 ) -> list[Array]:
     """Read leaves' files into their `parts` and make an array of each.
 
@@ -296,52 +259,33 @@ def read_leaves(
 
     - `plans`, `parts`: of each leaf.
     - `report`: told how many bytes are done with.
-    - `then`: the same of the leaves that will be read next, by another call.
-    - `past_cache`, `pool`: see `grokkit.checkpoint.slabs.fill`.
+    - `direct`: see `grokkit.checkpoint.read.fill`.
     """
-    arrays, others = _wanted(plans, parts)
-    for copy, n_bytes in others:
-        copy()
-        report(n_bytes)
-    fill(arrays, report, _wanted(*then)[0], past_cache, pool)
-    return [finished(plan, its_parts) for plan, its_parts in zip(plans, parts, strict=True)]
-
-
-def _wanted(
-    plans: Sequence[LeafPlan], parts: Sequence[Parts]
-) -> tuple[list[Wanted], list[tuple[Callable[[], None], int]]]:
-    """What is to be read in slabs; and for all else what copies it, with its bytes."""
-    arrays, others = [], []
+    requests: list[Request] = []
     for plan, its_parts in zip(plans, parts, strict=True):
-        for source, slices in _slices(plan):
-            if wanted := source.wanted(its_parts, slices, plan.dtype):
-                arrays.append(wanted)
+        indices: Any = plan.sharding.addressable_devices_indices_map(plan.shape)
+        for source in plan.sources:
+            targets: dict[int, Target] = {}  # by address: some devices have one memory
+            for device, part in its_parts.items():
+                if not (found := source.place(indices[device], plan.shape[0])):
+                    continue
+                if isinstance(part, DevicePart):  # while the file is in the page cache
+                    part.read(source, *found)
+                    continue
+                memory = part.memory[found[0]]
+                memory = memory.swapaxes(-1, -2) if source.transposed else memory
+                targets[memory.ctypes.data] = found[1], memory
+            if targets:
+                requests += source.array.requests(list(targets.values()))
             else:
-                copy = functools.partial(source.copy_to, its_parts, slices, plan.dtype)
-                others.append((copy, source.span.nbytes))
-    return arrays, others
-
-
-def _slices(plan: LeafPlan) -> Iterator[tuple[_Source, _Slices]]:
-    """Each source of a leaf, and which slice of it goes where."""
-    places = plan.sharding.addressable_devices_indices_map(plan.shape)
-    for source in plan.sources:
-        slices = {}
-        for device, index in places.items():
-            assert index is not None
-            if source.layer is None:
-                slices[device] = (..., index)
-                continue
-            layers = range(plan.shape[0])[index[0]]
-            if source.layer in layers:
-                slices[device] = (source.layer - layers.start, index[1:])
-        yield source, slices
-
-
-def finished(plan: LeafPlan, parts: Parts) -> Array:
-    """A leaf whose parts have been written."""
-    arrays = [part.finish() for part in parts.values()]
-    return jax.make_array_from_single_device_arrays(plan.shape, plan.sharding, arrays)
+                report(source.array.span.nbytes)
+    fill(requests, report, direct)
+    return [
+        jax.make_array_from_single_device_arrays(
+            plan.shape, plan.sharding, [part.finish() for part in its_parts.values()]
+        )
+        for plan, its_parts in zip(plans, parts, strict=True)
+    ]
 
 
 class HostPart:
@@ -349,21 +293,12 @@ class HostPart:
 
     def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
         self.device = device
-        count = int(np.prod(shape))
-        raw = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % _ALIGNMENT
-        self.memory = raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+        n_bytes = int(np.prod(shape)) * dtype.itemsize
+        self.memory = pages(n_bytes)[:n_bytes].view(dtype).reshape(shape)
         self._array: Array | None = None
 
-    def write(self, place: Any, values: np.ndarray) -> None:
-        """Put `values`, a view of a file, at index `place` of the part (`...` for all of it)."""
-        if values.ndim > 1 and values.strides[-1] != values.itemsize:
-            # JAX turns a matrix round ten times as fast as numpy.
-            values = np.asarray(jax.device_put(values, self.device, may_alias=False))
-        self.memory[place] = values
-
     def finish(self) -> Array:
-        """The complete part, on its device. Writing the part again writes over it."""
+        """The complete part, on its device. Writing its memory again writes over it."""
         if self._array is not None:
             return self._array
         array = jax.device_put(self.memory, self.device)
@@ -376,19 +311,23 @@ class DevicePart:
     """An array on an accelerator, overwritten in place one slice at a time."""
 
     def __init__(self, device: Any, shape: tuple[int, ...], dtype: np.dtype):
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.zeros = _zeros_program(shape, dtype, device)
         self.array: Array | None = None
 
-    def write(self, place: Any, values: np.ndarray) -> None:
-        """See `HostPart.write`."""
-        # Waiting twice keeps it to one slice under way: transfers would otherwise queue up.
+    def read(self, source: _Source, place: Any, index: tuple[slice, ...]) -> None:
+        """Read a slice, `index` in the file's order of axes, and put it at `place` of the part (`...`
+        for all of it). The device transposes it."""
+        values = source.array.read(index, self.dtype)
+        # Waiting each time keeps it to one slice under way: transfers would otherwise queue up.
         piece = jax.device_put(values, self.device, may_alias=False).block_until_ready()
+        del values
         if place is ...:
-            self.array = piece
-            return
-        array = self.zeros() if self.array is None else self.array
-        self.array = _overwrite(array, piece, jnp.int32(place)).block_until_ready()
+            array = place = None
+        else:
+            array = self.zeros() if self.array is None else self.array
+            place = jnp.int32(place)
+        self.array = _put(array, piece, place, source.transposed).block_until_ready()
 
     def finish(self) -> Array:
         """See `HostPart.finish`. The part keeps nothing, and may be written again."""
@@ -404,9 +343,10 @@ def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _overwrite(array: Array, piece: Array, place: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
+@functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
+def _put(array: Array | None, piece: Array, place: Array | None, transposed: bool) -> Array:
+    piece = jnp.swapaxes(piece, -1, -2) if transposed else piece
+    return piece if array is None else jax.lax.dynamic_update_index_in_dim(array, piece, place, 0)
 
 
 def new_part(device: Any, shape: tuple[int, ...], dtype: np.dtype) -> HostPart | DevicePart:
