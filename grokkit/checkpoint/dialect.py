@@ -92,7 +92,7 @@ def is_dialect(file: SafetensorsFile) -> bool:
 def open_dialect(directory: Path, config: GrokConfig | None) -> Checkpoint:
     """Open a checkpoint in grokkit's own safetensors layout, as `open_checkpoint` does."""
     records = read_manifest(directory, is_needed=True)
-    check_sizes(directory, records)
+    check_sizes(directory, {name: record.size for name, record in records.items()})
     files = [read_safetensors(directory / n) for n in sorted(records) if n.endswith(SUFFIX)]
     if not files:
         raise refusal(directory / MANIFEST, "safetensors files", "none listed", _AGAIN)
