@@ -5,9 +5,9 @@
     manifest.json                          size and SHA-256 of each file; written last
     tokenizer.model                        optional
 
-An array lies as the model holds it, so that loading turns nothing round: 8-bit and 4-bit matrices
-as [..., n, k], with `.weight` and `.scales`; matrices of floats as [..., k, n]. Each file's
-metadata holds the model's configuration and how each matrix is stored.
+Arrays are stored as the model holds them, so that loading transposes none: 8-bit and 4-bit matrices
+as [..., n, k], with `.weight` and `.scales`; matrices of floats as [..., k, n]. Each file's metadata
+holds the model's configuration and how each matrix is stored.
 """
 
 import dataclasses
