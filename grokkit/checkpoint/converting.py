@@ -37,7 +37,7 @@ from grokkit.checkpoint.plan_files import (
     plan_files,
 )
 from grokkit.checkpoint.refusal import check_space, check_target, refusal
-from grokkit.errors import CheckpointError, ConfigError
+from grokkit.errors import ConfigError
 from grokkit.runtime.files import TEMPORARY, replacing
 from grokkit.runtime.progress import byte_bar
 
@@ -189,44 +189,27 @@ class _Work:
         left = [file for file in self.files if file.name not in self.done]
         needed = sum(file.size for file in left)
         check_space(self.target.parent, needed + _SPARE)
+        path = self.folder
         try:
             self.folder.mkdir(exist_ok=True)
             self._note()
-        except OSError as e:
-            raise refusal(
-                self.folder,
-                "a directory that can be written",
-                e.strerror or str(e),
-                "choose another place, or see to its permissions",
-            ) from e
-        with byte_bar(f"writing {self.target.name}", total, progress, total - needed) as bar:
-            for file in left:
-                try:
-                    self.done[file.name] = write_file(self.folder / file.name, file, bar)
+            with byte_bar(f"writing {self.target.name}", total, progress, total - needed) as bar:
+                for file in left:
+                    path = self.folder / file.name
+                    self.done[file.name] = write_file(path, file, bar)
                     self._note()
-                except OSError as e:
-                    raise self._cannot_write(file, e) from e
-
-    def _cannot_write(self, file: PlannedFile, error: OSError) -> CheckpointError:
-        total = sum(f.size for f in self.files)
-        complete = sum(record.size for record in self.done.values())
-        again = (
-            "run the same command again: it goes on after the last complete file; or remove "
-            f"{self.folder.name}"
-        )
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return refusal(
-                self.folder,
-                f"room for {total:,} bytes",
-                f"a full disk, with {complete:,} of them in complete files",
-                f"make room for the other {total - complete:,} and {again}",
-            )
-        return refusal(
-            self.folder / file.name,
-            f"to write a file of {file.size:,} bytes",
-            error.strerror or str(error),
-            f"see that the disk can be written and holds files of this size; then {again}",
-        )
+        except OSError as e:
+            complete = sum(record.size for record in self.done.values())
+            expected, found = "a place that can be written to", e.strerror or str(e)
+            remedy = "see that it can be, and holds files of this size"
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                path, expected = self.folder, f"room for {total:,} bytes"
+                found = f"a full disk, with {complete:,} of them in complete files"
+                remedy = f"make room for the other {total - complete:,}"
+            again = "run the same command again: it goes on after the last complete file"
+            raise refusal(
+                path, expected, found, f"{remedy} and {again}; or remove {self.folder.name}"
+            ) from e
 
     def _note(self) -> None:
         files = {name: dataclasses.asdict(record) for name, record in self.done.items()}
@@ -246,7 +229,6 @@ class _Work:
         for name in small:
             path = self.folder / name
             found[name] = FileRecord(path.stat().st_size, sha256(path))
-        check_sizes(self.folder, found)
         write_manifest(self.folder, to, found)
         os.replace(self.folder, self.target)
         (self.target / PROGRESS).unlink()
@@ -275,17 +257,15 @@ def write_chunk(out: BinaryIO, data: memoryview) -> None:
 def _verify(folder: Path, files: list[PlannedFile], progress: bool) -> None:
     """Compare every tensor in the files with what the source says it must be."""
     name = folder.name.removesuffix(".partial")
+    check_sizes(
+        folder,
+        {file.name: file.size for file in files},
+        "as this conversion writes it",
+        "verify with the options that the conversion was made with, or convert again",
+    )
     with byte_bar(f"verifying {name}", sum(file.size for file in files), progress) as bar:
         for file in files:
             path = folder / file.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.size:
-                raise refusal(
-                    path,
-                    f"a file of {file.size:,} bytes, as this conversion writes it",
-                    "none" if size is None else f"{size:,} bytes",
-                    "verify with the options that the conversion was made with, or convert again",
-                )
             with open(path, "rb") as found:
                 for array, data in file.content():
                     if found.read(len(data)) != data:

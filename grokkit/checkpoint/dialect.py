@@ -5,9 +5,9 @@
     manifest.json                          size and SHA-256 of each file; written last
     tokenizer.model                        optional
 
-An array lies as the model holds it, so that loading turns nothing round: 8-bit and 4-bit matrices
-as [..., n, k], with `.weight` and `.scales`; matrices of floats as [..., k, n]. Each file's
-metadata holds the model's configuration and how each matrix is stored.
+Arrays are stored as the model holds them, so that loading transposes none: 8-bit and 4-bit matrices
+as [..., n, k], with `.weight` and `.scales`; matrices of floats as [..., k, n]. Each file's metadata
+holds the model's configuration and how each matrix is stored.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def is_dialect(file: SafetensorsFile) -> bool:
 def open_dialect(directory: Path, config: GrokConfig | None) -> Checkpoint:
     """Open a checkpoint in grokkit's own safetensors layout, as `open_checkpoint` does."""
     records = read_manifest(directory, is_needed=True)
-    check_sizes(directory, records)
+    check_sizes(directory, {name: record.size for name, record in records.items()})
     files = [read_safetensors(directory / n) for n in sorted(records) if n.endswith(SUFFIX)]
     if not files:
         raise refusal(directory / MANIFEST, "safetensors files", "none listed", _AGAIN)

@@ -3,18 +3,18 @@
 import contextlib
 import fnmatch
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from grokkit.checkpoint.manifest import FileRecord, read_digests, read_json, write_json
+from grokkit.checkpoint.manifest import FileRecord, read_digests
 from grokkit.checkpoint.official import Checkpoint
 from grokkit.checkpoint.opening import open_checkpoint
 from grokkit.checkpoint.refusal import check_space, refusal
 from grokkit.errors import CheckpointError
+from grokkit.runtime.files import write
 from grokkit.runtime.progress import byte_bar
 
 REPOSITORY = "xai-org/grok-1"
@@ -28,11 +28,9 @@ PATTERNS = (
 )
 """Which of a repository's files make up a checkpoint."""
 
-CHECKED = ".cache/grokkit-checked.json"
+CHECKED = ".cache/grokkit-checked"
+"""As old as the last comparison of digests."""
 _SPARE = 1 << 24  # bytes for what the library keeps beside the files
-_ORPHAN = re.compile(r".*\.[0-9a-f]{8}\.incomplete")
-"""What releases 1.31 and later of the library call a file under way. No later process goes on with
-it (github.com/huggingface/huggingface_hub/issues/4196), and one that is killed leaves it behind."""
 _ABANDONED = 60  # seconds without a byte, after which nobody is writing any more
 _AGAIN = "run the same command again: files that are complete are not fetched again"
 
@@ -46,8 +44,7 @@ def download(
     """Fetch a checkpoint, the official one by default. Needs the extra `hub`.
 
     When the same call is made again after an interruption, complete files are not fetched again; the
-    one that was under way begins anew, unless the library can go on with it. Nothing is unpickled or
-    executed.
+    one that was under way begins anew. Nothing is unpickled or executed.
 
     **Arguments:**
 
@@ -168,42 +165,34 @@ def _size(path: Path) -> int:
 
 
 def sweep(target: Path) -> None:
-    """Remove what killed downloads left in a directory."""
+    """Remove what killed downloads left in a directory: no later one goes on with it
+    (github.com/huggingface/huggingface_hub/issues/4196)."""
     for path in (target / ".cache" / "huggingface").rglob("*.incomplete"):
         with contextlib.suppress(OSError):  # another process may have finished it
-            if _ORPHAN.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED:
+            if time.time() - path.stat().st_mtime > _ABANDONED:
                 path.unlink()
 
 
 def _check(target: Path, files: dict[str, FileRecord], progress: bool) -> None:
-    """Compare every file's digest with the Hub's; what was compared before is not read again."""
-    notes = target / CHECKED
-    known = read_json(notes) if notes.is_file() else {}
-
-    def state(name: str) -> list[Any]:
-        status = (target / name).stat()
-        return [status.st_size, status.st_mtime_ns, files[name].sha256]
-
-    names = {
-        target / name: name
+    """Compare digests with the Hub's, of all files that came since that was done."""
+    done = target / CHECKED
+    since = done.stat().st_mtime_ns if done.is_file() else 0
+    expected = {
+        target / name: record.sha256
         for name, record in files.items()
-        if record.sha256 and known.get(name) != state(name)
+        if record.sha256 and (target / name).stat().st_mtime_ns > since
     }
 
     def compare(path: Path, digest: str) -> None:
-        expected = files[names[path]].sha256
-        if digest != expected:
+        if digest != expected[path]:
             path.unlink()
             raise refusal(
                 path,
-                f"sha256 {expected}",
+                f"sha256 {expected[path]}",
                 f"sha256 {digest}; the file was removed",
                 "run the same command again: it fetches this file anew",
             )
-        known[names[path]] = state(names[path])
 
-    notes.parent.mkdir(exist_ok=True)
-    try:
-        read_digests(names, f"checking {target.name}", progress, compare)
-    finally:
-        write_json(notes, known)
+    read_digests(expected, f"checking {target.name}", progress, compare)
+    done.parent.mkdir(exist_ok=True)
+    write(done, "")

@@ -80,18 +80,19 @@ def records(path: Path, values: Any) -> dict[str, FileRecord]:
     return found
 
 
-def check_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
+def check_sizes(
+    directory: Path,
+    sizes: dict[str, int],
+    why: str = f"as {MANIFEST} says",
+    remedy: str = _AGAIN,
+) -> None:
     """**Raises:** `CheckpointError` for a file that is missing or of another size."""
-    for name, record in files.items():
+    for name, expected in sizes.items():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
-        if size != record.size:
-            raise refusal(
-                path,
-                f"a file of {record.size:,} bytes, as {MANIFEST} says",
-                "none" if size is None else f"{size:,} bytes",
-                _AGAIN,
-            )
+        if size != expected:
+            found = "none" if size is None else f"{size:,} bytes"
+            raise refusal(path, f"a file of {expected:,} bytes, {why}", found, remedy)
 
 
 def check_finished(directory: Path) -> None:
@@ -112,7 +113,7 @@ def check_digests(
 
     **Raises:** `CheckpointError` for a file that is missing, of another size, or altered.
     """
-    check_sizes(directory, files)
+    check_sizes(directory, {name: record.size for name, record in files.items()})
     expected = {directory / name: record.sha256 for name, record in files.items()}
 
     def compare(path: Path, found: str) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
+from grokkit.checkpoint.tensor_file import ArraySpan
 from grokkit.checkpoint.tensor_writer import encoded_size
 from grokkit.config import GrokConfig
 from grokkit.errors import ConfigError
@@ -67,10 +68,9 @@ class TensorKey:
         return encoded_size(self.shape, self.dtype, self.scales_shape)
 
     def __str__(self) -> str:
-        text = _describe(self.dtype, self.shape)
-        if self.scales_shape is not None:
-            text += f" * {_describe(BFLOAT16, self.scales_shape)}"
-        return text
+        weight = ArraySpan(self.dtype, self.shape, 0)
+        scales = self.scales_shape and ArraySpan(BFLOAT16, self.scales_shape, 0)
+        return f"{weight} * {scales}" if scales else str(weight)
 
 
 def tensor_keys(config: GrokConfig) -> tuple[TensorKey, ...]:
@@ -112,7 +112,3 @@ def tensor_keys(config: GrokConfig) -> tuple[TensorKey, ...]:
             dtype, scales_shape = INT8, (*shape[:-2], groups, shape[-1])
         keys.append(TensorKey(index, name, path, layer, shape, dtype, scales_shape))
     return tuple(keys)
-
-
-def _describe(dtype: np.dtype, shape: tuple[int, ...]) -> str:
-    return f"{dtype.name}[{', '.join(map(str, shape))}]"

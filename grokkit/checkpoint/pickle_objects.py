@@ -1,7 +1,7 @@
 """What an official tensor file says, as a tree of values: no object of it is ever made.
 
-The writer turns such a tree into a pickle (`pickle_layout`), the reader a pickle into such a tree
-(`pickle_walk`), which `recognised` compares with the only two that official files hold.
+`tensor_writer` writes such a tree as a pickle. `pickle_walk` reads a pickle as such a tree, and
+`recognised` compares it with the only two kinds that official files hold.
 """
 
 import dataclasses

@@ -2,9 +2,8 @@
 
 A pickle is a program for a small stack machine. This module runs the few instructions that an
 official tensor file consists of on *descriptions*: calling a global gives an `Object` that says what
-would have been called, and array bytes are skipped and remembered as an offset and a length. Nothing
-is imported, no name from the file is looked up, and every other instruction or global raises
-`Refused`.
+would have been called, and array bytes are skipped. Nothing is imported, no name from the file is
+looked up, and every other instruction or global raises `Refused`.
 
 The work is bounded whatever the bytes say: at most `MAX_OPCODES` instructions, none of which
 reads more than 255 bytes, and every length is compared with the file's size before it is used.

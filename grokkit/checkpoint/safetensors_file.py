@@ -102,13 +102,7 @@ class Arrays:
     """The arrays of a directory's files, by name, for a layout to take one after the other."""
 
     def __init__(self, directory: Path, files: Iterable[SafetensorsFile], remedy: str) -> None:
-        """Gather them.
-
-        **Arguments:**
-
-        - `directory`: that holds the files.
-        - `files`: from `read_safetensors`.
-        - `remedy`: what to do if one is missing, of another shape or dtype, or not known.
+        """Gather them; `remedy` is what to do if one is missing, not as expected, or left over.
 
         **Raises:** `CheckpointError` if two have one name.
         """

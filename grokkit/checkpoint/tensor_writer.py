@@ -9,7 +9,7 @@ bytes of 64 KiB and more stand outside), `Lib/pickletools.py` for the instructio
 """
 
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -61,7 +61,7 @@ def write_tensor(
 ) -> None:
     """Write an official tensor file, to a temporary name first.
 
-    The array's bytes go to the file without a second copy of the array in memory.
+    The bytes of an array in C order go to the file without a second copy in memory.
 
     **Arguments:**
 
@@ -82,7 +82,7 @@ def write_tensor(
             if isinstance(piece, bytes):
                 file.write(piece)
             else:
-                _write_array(file, arrays.pop(0))
+                file.write(np.ascontiguousarray(arrays.pop(0)).reshape(-1).view(np.uint8).data)
 
 
 def _check_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
@@ -111,15 +111,6 @@ def _check_quantised(path: str | os.PathLike[str], weight: np.ndarray, scales: n
         )
         found = f"scales of shape {scales.shape}"
     raise refusal(path, expected, found, "quantise with grokkit.quant.quantize")
-
-
-def _write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """The bytes in C order; of an array that is not contiguous, a slice at a time."""
-    if array.flags.c_contiguous or array.ndim <= 1:
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    else:
-        for part in array:
-            _write_array(file, part)
 
 
 def layout(

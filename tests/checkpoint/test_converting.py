@@ -467,9 +467,8 @@ def test_a_disk_that_cannot_be_written(golden, at, tmp_path, monkeypatch):
         raise OSError(errno.EFBIG if at == "file" else errno.EROFS, "it cannot be done")
 
     monkeypatch.setattr(converting, "write_chunk" if at == "file" else "write_json", failing)
-    with pytest.raises(CheckpointError, match=r"(?s)x\.partial.*found: it cannot be done") as e:
+    with pytest.raises(CheckpointError, match=r"(?s)x\.partial.*found: it cannot be done.*again"):
         convert(golden, tmp_path / "x", progress=False)
-    assert ("holds files of this size" in str(e.value)) == (at == "file")
     assert not (tmp_path / "x").exists()
 
 

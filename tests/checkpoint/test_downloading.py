@@ -208,16 +208,15 @@ def test_a_large_file_that_breaks_off(hub, tmp_path):
 
 
 def test_what_a_killed_download_leaves(tmp_path):
-    """It is removed once nobody writes to it; what older releases go on with is kept."""
+    """It is removed once nobody writes to it."""
     folder = tmp_path / ".cache" / "huggingface" / "download" / "ckpt-0"
     folder.mkdir(parents=True)
-    old, fresh, kept = (folder / f"x.tag{i}.incomplete" for i in (".0123abcd", ".4567cdef", ""))
-    for path in (old, fresh, kept):
+    old, fresh = folder / "x.tag.0123abcd.incomplete", folder / "x.tag.4567cdef.incomplete"
+    for path in (old, fresh):
         path.write_bytes(bytes(100))
-    for path in (old, kept):
-        os.utime(path, (0, 0))
+    os.utime(old, (0, 0))
     downloading.sweep(tmp_path)
-    assert set(folder.iterdir()) == {fresh, kept}
+    assert list(folder.iterdir()) == [fresh]
     downloading.sweep(tmp_path / "elsewhere")
 
 
