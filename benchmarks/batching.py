@@ -29,7 +29,7 @@ from grokkit.language_model import LanguageModel
 from grokkit.tokenizer import Tokenizer
 
 COUNTS = (1, 4, 16)
-BAR = 4.0  # times the rate of one request, with 16
+BAR = 3.5  # times the rate of one request, with 16
 
 
 def mid_model(dtype: str) -> LanguageModel:

@@ -6,7 +6,7 @@ Writes a random checkpoint of six layers half as wide as Grok-1's (7.4 GB) to a 
 in the official layout or as `grokkit convert` writes it (then twice that). Reading is a pass that
 computes nothing; computing is a pass of the model in memory. Their processor time, shared evenly by
 all cores, is the least that both together could take here, where they run on the same ones. The
-bound is a pass of at most 1.25 times the slower. With --cold, layers are read as those of a model
+bound is a pass of at most 1.4 times the slower. With --cold, layers are read as those of a model
 larger than the machine's memory: the files are not in the page cache, and are read past it. The last
 lines say what a pass has resident.
 """
@@ -30,7 +30,7 @@ from full_width import resident, restart
 import grokkit
 from grokkit.streamed_model import StreamedGrok
 
-BOUND = 1.25
+BOUND = 1.4
 GB = 1e9
 
 

@@ -113,7 +113,7 @@ def verdict(found: float, bar: float, at_most: bool = False) -> str:
 def bars(times: dict, limits: dict) -> list[str]:
     """One row for each bar."""
     rows = []
-    for what, one, eight, plain in (("prefill", 2.5, 1.8, 8), ("decode", 0.8, 0.4, 40)):
+    for what, one, eight, plain in (("prefill", 2.0, 1.6, 8), ("decode", 1.0, 0.7, 40)):
         for name, bar in (("one device", one), ("eight devices", eight)):
             if ("llama.cpp", what) in times:
                 found = ratio(times, ("llama.cpp", what), (name, what))

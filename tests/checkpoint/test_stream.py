@@ -45,7 +45,7 @@ def reader_of(directory, n_devices=1):
         ("official", 8, False),
         ("converted", 1, True),
         ("converted", 4, False),
-        ("int4", 2, True),
+        ("int4", 1, True),
     ],
 )
 def test_layers_are_those_that_loading_gives(layouts, layout, n_devices, direct):
