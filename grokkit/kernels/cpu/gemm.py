@@ -10,14 +10,15 @@ from typing import Any
 
 from llvmlite import ir
 
-from grokkit.kernels.cpu import tiles
-from grokkit.kernels.cpu.code import F32, I8, I16, I32, Code, Int, multiply_add, splat, widened
+from grokkit.kernels.cpu.code import F32, I8, I16, I32, Code, multiply_add, splat, widened
 
 ROWS = 16
 """Rows of a block: the lanes of a vector of 512 bits."""
 STEP = 32
 """Entries that are converted at a time: a group of scales is of a multiple of these."""
-_BLOCKS = 4  # blocks of a tile
+OUTPUTS = 6
+"""Of a tile, which has 1 to 4 blocks: its sums leave some of 32 registers for what they are of."""
+_BLOCKS = 4
 _PANEL = 48  # outputs whose sums are kept while the entries are gone through
 _MOST = 16  # blocks of rows whose sums are kept
 _CHUNK = 256  # entries that are converted at once: those of a tile stay in the first cache
@@ -26,29 +27,22 @@ _VECTOR = ir.VectorType(F32, ROWS)
 _ZEROS = ir.Constant(_VECTOR, [0.0] * ROWS)
 
 
-def write(module: ir.Module, has_tiles: bool) -> ir.Function:
+def write(module: ir.Module) -> ir.Function:
     """Write the product, with the arguments of the skinny one; but `x` is packed, and counted, as
-    `out` is, in blocks of rows.
-
-    A micro-kernel computes some outputs of 1 to 4 blocks. With tiles of the processor's these are
-    16; else 6, whose sums leave some of 32 registers for what they are made of.
-    """
-    outputs, kernel = (tiles.ROWS, _tile_kernel) if has_tiles else (6, _vector_kernel)
-    kernels = [kernel(module, blocks, outputs) for blocks in range(1, _BLOCKS + 1)]
-    convert = _converter(module, outputs)
+    `out` is, in blocks of rows."""
+    kernels = [_micro_kernel(module, blocks) for blocks in range(1, _BLOCKS + 1)]
+    convert = _converter(module)
     code = Code(module, "gemm", 11)
     x, weight, scales, out, blocks, first, last, k, groups, n, _ = code.arguments
-    totals, panel = code.words(_PANEL * _TOTALS // 8), code.words(outputs * _CHUNK // 4)
-    panel_scales, size = code.words(outputs), k // groups
-    if has_tiles:
-        tiles.configure(code)
+    totals, panel = code.words(_PANEL * _TOTALS // 8), code.words(OUTPUTS * _CHUNK // 4)
+    panel_scales, size = code.words(OUTPUTS), k // groups
     with code.range(0, blocks, _MOST) as block, code.range(first, last, _PANEL) as start:
         some, stop = code.least(blocks - block, _MOST), code.least(start + _PANEL, last)
         with code.range(totals, totals + _PANEL * _TOTALS, 4 * ROWS) as at:
             code.store(_ZEROS, at, 4)
         with code.range(0, groups) as group, code.range(0, size, _CHUNK) as chunk:
             entries, entry = code.least(size - chunk, _CHUNK), group * size + chunk
-            with code.range(start, stop, outputs) as output:
+            with code.range(start, stop, OUTPUTS) as output:
                 where = weight + entry, scales + group * n * 2, output, last
                 code.call(convert, *where, k, entries, panel, panel_scales)
                 with code.range(0, some, _BLOCKS) as b:
@@ -59,18 +53,16 @@ def write(module: ir.Module, has_tiles: bool) -> ir.Function:
         with code.range(0, some * ROWS) as row, code.range(start, stop) as output:
             found = code.load(totals + (output - start) * _TOTALS + row * 4, F32, 4)
             code.store(found, out + ((block * ROWS + row) * n + output) * 4, 4)
-    if has_tiles:
-        tiles.instruction(code, "tilerelease")
     return code.finish()
 
 
-def _converter(module: ir.Module, outputs: int) -> ir.Function:
-    """Convert some entries of so many outputs to bfloat16, and their scales to float32."""
+def _converter(module: ir.Module) -> ir.Function:
+    """Convert some entries of some outputs to bfloat16, and their scales to float32."""
     code = Code(module, "gemm_convert", 8)
     weight, scales, first, last, k, entries, panel, panel_scales = code.arguments
     integers, values = ir.VectorType(I8, STEP), ir.VectorType(F32, STEP)
     words = ir.VectorType(I32, STEP)
-    for j in range(outputs):
+    for j in range(OUTPUTS):
         output = code.least(first + j, last - 1)  # beyond the last, something to be left out
         source, target = weight + output * k, panel + j * (2 * _CHUNK)
         with code.range(0, entries, STEP) as e:
@@ -85,52 +77,25 @@ def _converter(module: ir.Module, outputs: int) -> ir.Function:
     return code.finish()
 
 
-def _vector_kernel(module: ir.Module, blocks: int, outputs: int) -> ir.Function:
+def _micro_kernel(module: ir.Module, blocks: int) -> ir.Function:
     """Add to the totals of some outputs their products with some pairs of entries of some blocks."""
     code = Code(module, f"gemm_{blocks}", 6)
     x, k, panel, panel_scales, totals, steps = code.arguments
-    each = [(j, b) for j in range(outputs) for b in range(blocks)]
+    each = [(j, b) for j in range(OUTPUTS) for b in range(blocks)]
     sums = {at: code.variable(_ZEROS) for at in each}
     with code.range(0, steps) as step:
         row_at = [x + k * (2 * ROWS * b) + step * (4 * ROWS) for b in range(blocks)]
         rows = [code.load(at, _VECTOR, 4) for at in row_at]
-        for j in range(outputs):
+        for j in range(OUTPUTS):
             pair = splat(code, code.load(panel + j * (2 * _CHUNK) + step * 4, F32, 4), ROWS)
             for b in range(blocks):
                 code.set(sums[j, b], _add_pairs(code, rows[b], pair, code.get(sums[j, b])))
     for j, b in each:
-        _add_scaled(code, totals, j, b, code.get(sums[j, b]), panel_scales)
+        scale = splat(code, code.load(panel_scales + 4 * j, F32, 4), ROWS)
+        at = totals + (j * _TOTALS + b * 4 * ROWS)
+        total = multiply_add(code, code.get(sums[j, b]), scale, code.load(at, _VECTOR, 4))
+        code.store(total, at, 4)
     return code.finish()
-
-
-def _tile_kernel(module: ir.Module, blocks: int, outputs: int) -> ir.Function:
-    """The same with tiles: packed rows, and the panel, have the layout that these want."""
-    code = Code(module, f"gemm_{blocks}", 6)
-    x, k, panel, panel_scales, totals, steps = code.arguments
-    matrix, rows, room = blocks, blocks + 1, code.words(outputs * ROWS // 2)
-    panel_bytes, row_bytes = code.integer(2 * _CHUNK), code.integer(4 * ROWS)
-    for b in range(blocks):
-        tiles.instruction(code, "tilezero", b)
-    with code.range(0, steps, tiles.ROWS) as step:
-        tiles.instruction(code, "tileloadd64", matrix, panel + step * 4, panel_bytes)
-        for b in range(blocks):
-            at = x + k * (2 * ROWS * b) + step * (4 * ROWS)
-            tiles.instruction(code, "tileloadd64", rows, at, row_bytes)
-            tiles.instruction(code, "tdpbf16ps", b, matrix, rows)
-    for b in range(blocks):
-        tiles.instruction(code, "tilestored64", b, room, row_bytes)
-        for j in range(outputs):
-            found = code.load(room + j * (4 * ROWS), _VECTOR, 4)
-            _add_scaled(code, totals, j, b, found, panel_scales)
-    return code.finish()
-
-
-def _add_scaled(
-    code: Code, totals: Int, output: int, block: int, found: Any, panel_scales: Int
-) -> None:
-    scale = splat(code, code.load(panel_scales + 4 * output, F32, 4), ROWS)
-    at = totals + (output * _TOTALS + block * 4 * ROWS)
-    code.store(multiply_add(code, found, scale, code.load(at, _VECTOR, 4)), at, 4)
 
 
 def _add_pairs(code: Code, a: Any, b: Any, total: Any) -> Any:

@@ -41,11 +41,11 @@ class Kernel(NamedTuple):
 
 
 PRODUCT_INT8, PRODUCT_FLOAT32, PRODUCT_BFLOAT16, SUMS_FLOAT32, SUMS_BFLOAT16, GEMM = range(6)
-"""The kernels; the last only where the processor multiplies pairs or tiles of bfloat16 numbers."""
+"""The kernels; the last only where the processor multiplies bfloat16 numbers in pairs."""
 SUMS = (SUMS_FLOAT32, SUMS_BFLOAT16)
 
 
-def write(module: ir.Module, lanes: int, has_pairs: bool, has_tiles: bool) -> None:
+def write(module: ir.Module, lanes: int, has_pairs: bool) -> None:
     """Write all kernels, and `NAME`, by which XLA calls them."""
     kernels = []
     for e in (skinny.INT8, skinny.FLOAT32, skinny.BFLOAT16):
@@ -55,7 +55,7 @@ def write(module: ir.Module, lanes: int, has_pairs: bool, has_tiles: bool) -> No
         function = sums.write(module, e, lanes)
         kernels.append(Kernel(function, 4, skinny.BYTES[e], sums.VECTORS * lanes))
     if has_pairs:
-        kernels.append(Kernel(gemm.write(module, has_tiles), 2, 1, 1, gemm.ROWS))
+        kernels.append(Kernel(gemm.write(module), 2, 1, 1, gemm.ROWS))
     share = sharing.write(module, _piece(module, kernels))
     code = Code(module, NAME, 1, is_public=True)
     (frame,) = code.arguments

@@ -13,7 +13,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from grokkit import compilation_cache
-from grokkit.kernels.cpu import handler, tiles
+from grokkit.kernels.cpu import handler
 from grokkit.runtime import compiling, files
 
 _DIGEST_BYTES = 32
@@ -35,11 +35,6 @@ class Target(NamedTuple):
         """Whether it multiplies bfloat16 numbers in pairs, in vectors of 512 bits."""
         return self._has("avx512f") and self._has("avx512bf16")
 
-    @property
-    def has_tiles(self) -> bool:
-        """Whether it multiplies tiles of bfloat16 numbers (AMX), and the system allows it."""
-        return self.has_pairs and self._has("amx-bf16") and tiles.are_allowed()
-
     def _has(self, feature: str) -> bool:
         return f"+{feature}" in self.features.split(",")
 
@@ -60,13 +55,8 @@ def register() -> None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()  # for an instruction that is written by its name
-    tell_xla(handler.NAME, machine_code())
-
-
-def tell_xla(name: str, code: bytes) -> None:
-    """Tell XLA by what name it calls the kernels of an object file."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code()))
     engine.finalize_object()
     address = engine.get_function_address(handler.NAME)
     engine.detach()  # never freed: at the end a thread may still be on its way out
@@ -74,7 +64,7 @@ def tell_xla(name: str, code: bytes) -> None:
     capsule.restype = ctypes.py_object
     capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     call = capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
-    jax.ffi.register_ffi_target(name, call, platform="cpu", api_version=1)
+    jax.ffi.register_ffi_target(handler.NAME, call, platform="cpu", api_version=1)
 
 
 def machine_code() -> bytes:
@@ -98,13 +88,7 @@ def compile_kernels() -> bytes:
     """An object file of all kernels."""
     module = ir.Module("grokkit")
     module.triple = llvm.get_default_triple()
-    of = target()
-    handler.write(module, of.lanes, of.has_pairs, of.has_tiles)
-    return compile_module(module)
-
-
-def compile_module(module: ir.Module) -> bytes:
-    """An object file of a module, for `target`."""
+    handler.write(module, target().lanes, target().has_pairs)
     parsed, machine = llvm.parse_assembly(str(module)), _target_machine()
     # The kernels are written in vectors: the passes that look for some would only take time.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
@@ -127,6 +111,6 @@ def _kept_at() -> Path | None:
         return None
     sources = sorted(Path(__file__).parent.glob("*.py"))
     parts = [source.read_bytes() for source in sources]
-    parts += [repr((llvm.llvm_version_info, *target(), target().has_tiles)).encode()]
+    parts += [repr((llvm.llvm_version_info, *target())).encode()]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
     return folder / f"kernels-{digest.hexdigest()[:16]}.o"

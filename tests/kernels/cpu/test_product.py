@@ -5,16 +5,13 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import llvmlite.binding as llvm
 import ml_dtypes
 import numpy as np
 import pytest
-from llvmlite import ir
 
 from grokkit import float_matmul
 from grokkit.kernels import cpu
-from grokkit.kernels.cpu import handler, machine, product, tiles
-from grokkit.kernels.cpu.code import F32, I16, I64, multiply_add, widened
+from grokkit.kernels.cpu import machine, product
 
 N, K, GROUPS, MATRICES = 37, 128, 4, 5
 NEEDS_PAIRS = "this processor does not multiply bfloat16 numbers in pairs (AVX-512 BF16)"
@@ -318,56 +315,3 @@ def test_what_has_no_kernel_is_left_to_xla(rows, k):
     x, weight = jnp.asarray(normal(0, 1, rows, k)), jnp.asarray(normal(1, cpu.WORTH_IT // k + 1, k))
     multiply = jax.jit(float_matmul.matmul_transposed, static_argnames="dtype")
     np.testing.assert_allclose(multiply(x, weight, jnp.float32), x @ weight.T, rtol=1e-4, atol=1e-4)
-
-
-# Tiles of Intel's AMX, which this processor need not have
-
-
-def emulated(code, name, *operands):
-    """What the instructions of `grokkit.kernels.cpu.tiles` do, on a global variable of 8 tiles."""
-    if name in ("ldtilecfg", "tilerelease"):
-        return
-    module, kind = code.function.module, ir.ArrayType(I64, 8 * 128)
-    state = module.globals.get("emulated_tiles")
-    if state is None:
-        state = ir.GlobalVariable(module, kind, "emulated_tiles")
-        state.linkage, state.initializer = "internal", ir.Constant(kind, None)
-    tile = [code.address_of(state) + 1024 * o if isinstance(o, int) else o for o in operands]
-    with code.range(0, 16) as i, code.range(0, 16) as j:
-        here = tile[0] + i * 64 + j * 4
-        if name == "tilezero":
-            code.store(ir.Constant(F32, 0.0), here)
-        elif name == "tileloadd64":
-            code.store(code.load(tile[1] + i * tile[2] + j * 4, F32), here)
-        elif name == "tilestored64":
-            code.store(code.load(here, F32), tile[1] + i * tile[2] + j * 4)
-        else:
-            assert name == "tdpbf16ps"
-            with code.range(0, 32) as p:
-                a = widened(code, code.load(tile[1] + i * 64 + p * 2, I16))
-                of_pair = p // 2 * 64 + j * 4 + (p - p // 2 * 2) * 2
-                b = widened(code, code.load(tile[2] + of_pair, I16))
-                code.store(multiply_add(code, a, b, code.load(here, F32)), here)
-
-
-def test_the_product_of_tiles_by_emulated_instructions(monkeypatch):
-    monkeypatch.setattr(tiles, "instruction", emulated)
-    monkeypatch.setattr(product, "_threads", lambda rows, entries: 1)  # there is one set of tiles
-    lanes, matrices, k, n, rows = machine.target().lanes, 2, 320, 37, 90
-    module = ir.Module("emulated")
-    module.triple = llvm.get_default_triple()
-    handler.write(module, lanes, has_pairs=True, has_tiles=True)
-    machine.register()
-    weight, scales = map(jnp.asarray, make(0, matrices, n, k, 2))
-    x = normal(0, matrices * rows, k).astype(ml_dtypes.bfloat16).astype(np.float32)
-    machine.tell_xla("emulated_product", machine.compile_module(module))
-    monkeypatch.setattr(handler, "NAME", "emulated_product")
-    starts = jnp.array([0, 6, 12])
-    padded = np.zeros((matrices, 96, k), np.float32)
-    padded[:, :rows] = x.reshape(matrices, rows, k)
-    found = product.product(
-        product.pack(jnp.asarray(padded.reshape(-1, k))), starts, weight, scales, jnp.int32(0)
-    )
-    expected, size = by_definition(x, [rows, rows], *map(np.asarray, (weight, scales)), 0)
-    found = np.asarray(found).reshape(matrices, 96, n)[:, :rows].reshape(-1, n)
-    assert (np.abs(found - expected) <= 1e-6 * size).all()
