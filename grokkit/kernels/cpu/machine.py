@@ -52,9 +52,6 @@ def target() -> Target:
 @functools.cache
 def register() -> None:
     """Make the kernels known to XLA, once."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    llvm.initialize_native_asmparser()  # for an instruction that is written by its name
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code()))
     engine.finalize_object()
@@ -99,8 +96,11 @@ def compile_kernels() -> bytes:
 
 
 def _target_machine() -> Any:
-    host = llvm.Target.from_default_triple()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()  # for an instruction that is written by its name
     name, features = target()
+    host = llvm.Target.from_default_triple()
     return host.create_target_machine(cpu=name, features=features, opt=3, jit=True)
 
 
