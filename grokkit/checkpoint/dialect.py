@@ -84,11 +84,6 @@ def metadata(config: GrokConfig, storages: Mapping[str, Storage]) -> dict[str, s
     }
 
 
-def is_dialect(file: SafetensorsFile) -> bool:
-    """Whether a file is of this layout."""
-    return file.metadata.get("format") == FORMAT
-
-
 def open_dialect(directory: Path, config: GrokConfig | None) -> Checkpoint:
     """Open a checkpoint in grokkit's own safetensors layout, as `open_checkpoint` does."""
     records = read_manifest(directory, is_needed=True)

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from grokkit.checkpoint.dialect import SUFFIX, is_dialect, open_dialect
+from grokkit.checkpoint.dialect import FORMAT, SUFFIX, open_dialect
 from grokkit.checkpoint.hugging_face import is_hugging_face, open_hugging_face
 from grokkit.checkpoint.manifest import MANIFEST
 from grokkit.checkpoint.official import FOLDER, Checkpoint, open_official
@@ -47,7 +47,7 @@ def open_checkpoint(
         if (root / MANIFEST).exists():
             return open_dialect(root, config)  # which says what is missing
         return open_official(directory, config)
-    if is_dialect(read_safetensors(paths[0])):
+    if read_safetensors(paths[0]).metadata.get("format") == FORMAT:
         return open_dialect(root, config)
     files = [read_safetensors(path) for path in paths]
     names = {name for file in files for name in file.spans}

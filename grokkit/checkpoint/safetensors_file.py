@@ -15,26 +15,20 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grokkit.checkpoint.pickle_objects import BFLOAT16, FLOAT32, INT8
+from grokkit.checkpoint.pickle_objects import BFLOAT16
 from grokkit.checkpoint.refusal import LFS_POINTER, Refused, reading, refusal
 from grokkit.checkpoint.tensor_file import ArraySpan, TensorFile
 
-DTYPES: dict[str, np.dtype] = {
-    "F32": FLOAT32,
-    "BF16": BFLOAT16,
-    "F16": np.dtype("<f2"),
-    "I8": INT8,
-    "U8": np.dtype(np.uint8),
-}
-"""The format's names of the dtypes that a Grok-1 may be stored in."""
-DATA_TYPES = DTYPES | {
+DATA_TYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
-        "BOOL": "?", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8",
-        "U64": "<u8", "F64": "<f8",
+        "BOOL": "?", "I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4",
+        "I64": "<i8", "U64": "<u8", "F16": "<f2", "BF16": BFLOAT16, "F32": "<f4", "F64": "<f8",
     }.items()
 }  # fmt: skip
 """The format's names of all dtypes that grokkit writes."""
+DTYPES = {name: DATA_TYPES[name] for name in ("F32", "BF16", "F16", "I8", "U8")}
+"""Of the dtypes that a Grok-1 may be stored in."""
 _NAMES = {dtype: name for name, dtype in DATA_TYPES.items()}
 _ALIGNMENT = 4096  # bytes: where the data begins, so that arrays can be mapped, and read directly
 
