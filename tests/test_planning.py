@@ -62,7 +62,8 @@ def test_what_fits_is_said(grok_1):
     assert one.needed == pytest.approx(2 * sum(kept), rel=0.02)
     for text in (repr(grok_1), grok_1._repr_html_()):
         assert f"{grok_1.bytes_per_device:,}" in text and "128 x all-reduce a token" in text
-        assert "8 x 40 GB, mesh 1,8: does NOT fit, it takes 40.3 GB a device" in text
+        takes = f"{forty.needed / 1e9:.1f}"  # what a program holds differs between processors
+        assert f"8 x 40 GB, mesh 1,8: does NOT fit, it takes {takes} GB a device" in text
         assert "4 x 1 GB, mesh 1,4: does NOT fit, weights and cache alone take" in text
 
 
