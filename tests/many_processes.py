@@ -15,7 +15,7 @@ import grokkit
 from grokkit import Capture, processes, stored_captures
 from grokkit.analysis import attention, attribution, causal_routing, lens, patching
 from grokkit.batching import ContinuousBatch
-from grokkit.checkpoint import tensor_file
+from grokkit.checkpoint import read
 from grokkit.errors import GrokkitError
 from grokkit.runners import InferenceRunner, LanguageModelConfig, ModelRunner, Request
 from grokkit.runners import TransformerConfig as Transformer
@@ -87,14 +87,14 @@ def analyses(lm: grokkit.LanguageModel) -> dict:
 
 def counted() -> list[int]:
     """Bytes read of checkpoints from now on, one entry a read."""
-    read, original = [], tensor_file._fill
+    found, original = [], read.Reader.read
 
-    def counting(descriptor, buffers, n_bytes, offset):
-        read.append(n_bytes)
-        return original(descriptor, buffers, n_bytes, offset)
+    def counting(reader, buffer, offset):
+        found.append(memoryview(buffer).nbytes)
+        return original(reader, buffer, offset)
 
-    tensor_file._fill = counting
-    return read
+    read.Reader.read = counting
+    return found
 
 
 def keep(folder: Path, index: int, name: str, arrays: dict, notes: dict) -> None:
