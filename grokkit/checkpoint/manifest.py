@@ -21,6 +21,7 @@ FORMAT = "grokkit"
 VERSION = 1
 
 _CHUNK = 1 << 24
+_WHY = f"as {MANIFEST} says"
 _AGAIN = "convert or download the checkpoint again"
 
 
@@ -83,7 +84,7 @@ def records(path: Path, values: Any) -> dict[str, FileRecord]:
 def check_sizes(
     directory: Path,
     sizes: dict[str, int],
-    why: str = f"as {MANIFEST} says",
+    why: str = _WHY,
     remedy: str = _AGAIN,
 ) -> None:
     """**Raises:** `CheckpointError` for a file that is missing or of another size."""
